@@ -1,0 +1,389 @@
+"""The networks and their training, against computations that share no code with them."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sb3_mbpo.dynamics import training
+from sb3_mbpo.dynamics.ensemble import Ensemble, weight_decays
+from sb3_mbpo.dynamics.training import bootstrap, fit, shuffle_rows, split_holdout
+
+
+def make_ensemble(obs_dim=3, action_dim=2, hidden_sizes=(16, 16, 16, 16), n_members=4, n_elites=2, learning_rate=1e-3):
+    return Ensemble(obs_dim, action_dim, hidden_sizes, n_members, n_elites, learning_rate)
+
+
+def constant_ensemble(obs_dim, action_dim, means, log_var=-30.0, n_elites=None):
+    """Member m predicts ``means[m]`` for the reward and every difference, whatever the input."""
+    ensemble = make_ensemble(obs_dim, action_dim, (4,), len(means), n_elites or len(means))
+    with th.no_grad():
+        for parameter in [*ensemble.weights, *ensemble.biases]:
+            parameter.zero_()
+        ensemble.min_log_var.fill_(-40.0)
+        ensemble.biases[-1][:, :, : 1 + obs_dim] = th.tensor(means)[:, None, None]
+        ensemble.biases[-1][:, :, 1 + obs_dim :] = log_var
+    return ensemble
+
+
+# An oracle in float64 NumPy, one member, one row and one weight at a time
+
+
+def softplus(x):
+    return np.logaddexp(0.0, x)
+
+
+def oracle_loss(parameters, x, y):
+    weights, biases, upper, lower, mean, std, decays = parameters
+    total = 0.0
+    for member in range(len(weights[0])):
+        losses = []
+        for row, target in zip(x[member], y[member], strict=True):
+            hidden = (row - mean) / std
+            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                hidden = hidden @ weight[member] + bias[member, 0]
+                if layer < len(weights) - 1:
+                    hidden = hidden / (1 + np.exp(-hidden))
+            mu, log_var = hidden[: len(target)], hidden[len(target) :]
+            log_var = upper - softplus(upper - log_var)
+            log_var = lower + softplus(log_var - lower)
+            losses.append(np.mean((mu - target) ** 2 / np.exp(log_var) + log_var))
+        total += np.mean(losses)
+        total += sum(decay * np.sum(weight[member] ** 2) / 2 for decay, weight in zip(decays, weights, strict=True))
+    return total + 0.01 * (np.sum(upper) - np.sum(lower))
+
+
+def test_loss_and_gradients_against_float64():
+    ensemble = make_ensemble().double()
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 5, 5)), rng.normal(size=(4, 5, 4))
+    ensemble.set_input_stats(th.tensor(rng.normal(2, 3, size=(50, 5))))
+    with th.no_grad():
+        for parameter in ensemble.parameters():
+            parameter += 0.1 * th.randn_like(parameter)
+    loss = ensemble.loss(th.tensor(x), th.tensor(y))
+    loss.backward()
+
+    arrays = [parameter.detach().numpy().copy() for parameter in [*ensemble.weights, *ensemble.biases]]
+    arrays += [ensemble.max_log_var.detach().numpy().copy(), ensemble.min_log_var.detach().numpy().copy()]
+    gradients = [p.grad.numpy() for p in [*ensemble.weights, *ensemble.biases, ensemble.max_log_var, ensemble.min_log_var]]
+
+    def oracle():
+        stats = ensemble.input_mean.numpy(), ensemble.input_std.numpy()
+        decays = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+        return oracle_loss((arrays[:5], arrays[5:10], arrays[10], arrays[11], *stats, decays), x, y)
+
+    assert loss.item() == pytest.approx(oracle(), rel=1e-12)
+    for array, gradient in zip(arrays, gradients, strict=True):
+        for index in rng.choice(array.size, size=min(array.size, 6), replace=False):
+            index = np.unravel_index(index, array.shape)
+            value, step = array[index], 1e-6
+            array[index] = value + step
+            above = oracle()
+            array[index] = value - step
+            below = oracle()
+            array[index] = value
+            assert gradient[index] == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-8)
+
+
+def test_weight_decays():
+    assert weight_decays(5) == [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+    assert weight_decays(2) == [2.5e-5, 1e-4]
+    assert weight_decays(3) == [2.5e-5, 5e-5, 1e-4]
+
+
+def test_initialisation():
+    ensemble = make_ensemble(11, 3, (200, 200, 200, 200), 7, 5)
+    for weight, bias in zip(ensemble.weights, ensemble.biases, strict=True):
+        std = 1 / (2 * np.sqrt(weight.shape[1]))
+        assert weight.abs().max() <= 2 * std
+        # The standard deviation of a normal cut off at two of its own
+        assert weight.std().item() == pytest.approx(0.8796 * std, rel=0.03)
+        assert (bias == 0).all()
+        assert not th.equal(weight[0], weight[1])
+    assert (ensemble.max_log_var == 0.5).all() and (ensemble.min_log_var == -10).all()
+    assert not ensemble.is_fitted
+
+
+def test_construction_leaves_the_random_state_alone():
+    th.manual_seed(0)
+    expected = th.rand(3)
+    th.manual_seed(0)
+    make_ensemble()
+    assert th.equal(th.rand(3), expected)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6 + 0.1, -1e-20])
+def test_constant_input_does_not_divide_by_zero(constant):
+    ensemble = make_ensemble()
+    inputs = th.randn(100, 5) * 3 + 1
+    inputs[:, 2] = constant
+    ensemble.set_input_stats(inputs)
+    assert ensemble.input_std[2] == 1
+    varying = [0, 1, 3, 4]
+    np.testing.assert_allclose(ensemble.input_mean, inputs.double().mean(0), rtol=1e-6)
+    np.testing.assert_allclose(ensemble.input_std[varying], inputs.double().numpy().std(0)[varying], rtol=1e-6)
+    mean, log_var = ensemble(inputs.expand(4, -1, -1))
+    assert th.isfinite(mean).all() and th.isfinite(log_var).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    obs_dim=st.integers(1, 5),
+    action_dim=st.integers(1, 4),
+    hidden_sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    n_members=st.integers(1, 4),
+    n_rows=st.integers(1, 40),
+    data=st.data(),
+)
+def test_shapes(obs_dim, action_dim, hidden_sizes, n_members, n_rows, data):
+    n_elites = data.draw(st.integers(1, n_members))
+    ensemble = make_ensemble(obs_dim, action_dim, hidden_sizes, n_members, n_elites)
+    obs, actions = th.randn(n_rows, obs_dim), th.randn(n_rows, action_dim)
+    next_obs, rewards = ensemble.sample(obs, actions)
+    assert next_obs.shape == obs.shape and rewards.shape == (n_rows,)
+    inputs = th.cat([obs, actions], dim=1)
+    targets = th.randn(n_rows, 1 + obs_dim)
+    assert ensemble.mse(inputs, targets).shape == (n_members,)
+    mean, log_var = ensemble(inputs.expand(n_members, -1, -1))
+    assert mean.shape == log_var.shape == (n_members, n_rows, 1 + obs_dim)
+    # Softly clamped between the bounds
+    assert (log_var < 0.5 + 1e-3).all() and (log_var > -10 - 1e-3).all()
+
+
+def test_bounds_clamp_extreme_log_variances():
+    ensemble = make_ensemble()
+    with th.no_grad():
+        ensemble.biases[-1][:, :, 4:] = 1e4
+    assert th.allclose(ensemble(th.zeros(4, 1, 5))[1], th.tensor(0.5), atol=1e-3)
+    with th.no_grad():
+        ensemble.biases[-1][:, :, 4:] = -1e4
+    assert th.allclose(ensemble(th.zeros(4, 1, 5))[1], th.tensor(-10.0), atol=1e-3)
+
+
+def test_samples_come_from_elites_only_and_uniformly():
+    th.manual_seed(0)
+    ensemble = constant_ensemble(2, 1, means=[0.0, 1.0, 2.0, 3.0, 4.0], n_elites=3)
+    ensemble.elites.copy_(th.tensor([1.0, 4.0, 2.0]))
+    n = 30_000
+    draws = []
+    for _ in range(2):
+        next_obs, rewards = ensemble.sample(th.full((n, 2), 10.0), th.zeros(n, 1))
+        # One member for the whole transition
+        assert th.allclose(next_obs - 10, rewards[:, None].expand(n, 2), atol=1e-4)
+        draws.append(rewards.round().int())
+    members, counts = draws[0].unique(return_counts=True)
+    assert members.tolist() == [1, 2, 4]
+    # Five standard deviations of a binomial
+    assert np.abs(counts.numpy() - n / 3).max() < 5 * np.sqrt(n * 2 / 9)
+    # Drawn anew at each step
+    agreement = (draws[0] == draws[1]).float().mean().item()
+    assert abs(agreement - 1 / 3) < 5 * np.sqrt(2 / 9 / n)
+
+
+def test_samples_have_the_predicted_distribution():
+    th.manual_seed(0)
+    ensemble = make_ensemble(3, 2, n_members=1, n_elites=1)
+    ensemble.set_input_stats(th.randn(100, 5) * 4)
+    row = th.randn(1, 5)
+    mean, log_var = ensemble(row[None])
+    n = 200_000
+    next_obs, rewards = ensemble.sample(row[:, :3].expand(n, 3), row[:, 3:].expand(n, 2))
+    output = th.cat([rewards[:, None], next_obs - row[:, :3]], dim=1)
+    std = th.exp(0.5 * log_var[0, 0])
+    np.testing.assert_allclose(output.mean(0), mean[0, 0].detach(), atol=5 * std.max().item() / np.sqrt(n))
+    np.testing.assert_allclose(output.std(0), std.detach(), rtol=0.02)
+    # Independent over dimensions and rows
+    correlation = np.corrcoef(output.T.numpy())
+    assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(n)
+
+
+def test_split_and_bootstrap():
+    for n, n_holdout in [(2, 1), (4, 1), (10, 2), (1_000, 200), (25_000, 5_000), (100_000, 5_000)]:
+        train, holdout = split_holdout(n)
+        assert len(holdout) == n_holdout
+        assert th.cat([train, holdout]).sort().values.equal(th.arange(n))
+    indices = bootstrap(10_000, 3)
+    assert indices.shape == (3, 10_000)
+    for rows in indices:
+        # With replacement a share of 1/e is never drawn
+        assert len(rows.unique()) / 10_000 == pytest.approx(1 - np.exp(-1), abs=0.02)
+    assert (indices[0] == indices[1]).float().mean() < 0.01
+    shuffled = shuffle_rows(indices)
+    assert shuffled.sort(dim=1).values.equal(indices.sort(dim=1).values)
+    assert (shuffled == indices).float().mean() < 0.01
+
+
+def numbered_data(n, obs_dim=3, action_dim=2, seed=0):
+    """A random nonlinear system; the first input is the number of the row, scaled down."""
+    rng = th.Generator().manual_seed(seed)
+    inputs = th.randn(n, obs_dim + action_dim, generator=rng)
+    inputs[:, 0] = th.arange(n) / n
+    matrix = th.randn(obs_dim + action_dim, 1 + obs_dim, generator=rng)
+    return inputs, th.tanh(inputs @ matrix) + 0.1 * th.randn(n, 1 + obs_dim, generator=rng)
+
+
+def test_fit_follows_the_paper(monkeypatch):
+    """Watch a whole training: which rows each member saw, when it stopped, which weights and elites it kept."""
+    th.manual_seed(1)
+    n, n_members = 600, 4
+    inputs, targets = numbered_data(n)
+    ensemble = make_ensemble(n_members=n_members, n_elites=2, learning_rate=5e-3)
+    loss, mse = Ensemble.loss, Ensemble.mse
+    seen, errors, weights, held_out = [], [], [], []
+
+    def watched_loss(self, x, y):
+        seen.append((x[:, :, 0] * n).round().int())
+        assert len(errors) > 0 or not self.is_fitted
+        return loss(self, x, y)
+
+    def watched_mse(self, x, y):
+        held_out.append((x, y))
+        errors.append(mse(self, x, y).numpy().copy())
+        weights.append([parameter.detach().clone() for parameter in [*self.weights, *self.biases]])
+        return mse(self, x, y)
+
+    monkeypatch.setattr(Ensemble, "loss", watched_loss)
+    monkeypatch.setattr(Ensemble, "mse", watched_mse)
+    result = fit(ensemble, inputs, targets)
+
+    # Bootstraps: every epoch shows a member the same rows, its own, and none of the holdout
+    assert held_out[0][0].shape == (120, 5)
+    holdout_rows = set((held_out[0][0][:, 0] * n).round().int().tolist())
+    per_epoch = len(seen) // result.epochs
+    epochs = [th.cat(seen[i * per_epoch : (i + 1) * per_epoch], dim=1) for i in range(result.epochs)]
+    assert epochs[0].shape == (n_members, 480) and seen[0].shape[1] == 256
+    for epoch in epochs:
+        assert epoch.sort(dim=1).values.equal(epochs[0].sort(dim=1).values)
+    assert not epochs[0].equal(epochs[1])
+    for member in range(n_members):
+        assert holdout_rows.isdisjoint(epochs[0][member].tolist())
+        assert len(epochs[0][member].unique()) == pytest.approx(480 * (1 - np.exp(-1)), abs=30)
+        for other in range(member):
+            assert not epochs[0][member].sort().values.equal(epochs[0][other].sort().values)
+
+    # Early stopping and best weights, replayed: more than 1 % counts, five epochs of patience
+    best, best_epoch, idle, stop = np.full(n_members, np.inf), np.zeros(n_members, dtype=int), 0, None
+    for epoch, error in enumerate(errors):
+        improved = [(best[m] - error[m]) > 0.01 * best[m] if np.isfinite(best[m]) else True for m in range(n_members)]
+        for member in np.flatnonzero(improved):
+            best[member], best_epoch[member] = error[member], epoch
+        idle = 0 if any(improved) else idle + 1
+        if idle == 5:
+            stop = epoch + 1
+            break
+    assert result.epochs == stop == len(errors)
+    assert len(set(best_epoch)) > 1, "the members should have their best epochs at different times for this test to tell"
+    for parameters in range(len(weights[0])):
+        now = [*ensemble.weights, *ensemble.biases][parameters]
+        for member in range(n_members):
+            assert th.equal(now[member], weights[best_epoch[member]][parameters][member])
+    np.testing.assert_allclose(mse(ensemble, *held_out[0]).numpy(), best, rtol=1e-6)
+    assert ensemble.elites.long().tolist() == np.argsort(best)[:2].tolist()
+    assert result.holdout_mse == pytest.approx(np.sort(best)[:2].mean())
+    assert not ensemble.training and ensemble.is_fitted
+
+
+def test_fit_learns_the_bounds_and_restandardises():
+    th.manual_seed(0)
+    inputs, targets = numbered_data(300)
+    ensemble = make_ensemble()
+    fit(ensemble, inputs, targets)
+    assert not th.allclose(ensemble.max_log_var, th.tensor(0.5), atol=1e-3)
+    assert not th.allclose(ensemble.min_log_var, th.tensor(-10.0), atol=1e-3)
+    std = ensemble.input_std.clone()
+    fit(ensemble, inputs * 10, targets)
+    np.testing.assert_allclose(ensemble.input_std / std, 10, rtol=0.15)
+    assert ensemble.n_fits == 2
+
+
+def test_second_fit_starts_from_the_first():
+    th.manual_seed(0)
+    inputs, targets = numbered_data(2_000)
+    ensemble = make_ensemble(hidden_sizes=(64, 64), learning_rate=3e-3)
+    first = fit(ensemble, inputs, targets)
+    second = fit(ensemble, inputs, targets)
+    assert second.epochs < first.epochs / 2
+    assert second.holdout_mse < 1.1 * first.holdout_mse
+
+
+def test_recovers_a_noisy_linear_system():
+    """Mean and variance, both known: x' = x + Ax + Bu + noise, with a noise of its own in each dimension."""
+    th.manual_seed(0)
+    n, noise = 6_000, th.tensor([0.5, 0.1, 0.3, 0.05])
+    matrix = th.tensor(
+        [[0.5, -0.2, 0.1, 0.3], [0.0, 0.4, -0.3, 0.1], [0.2, 0.0, 0.3, -0.2], [1.0, 0.5, 0.0, 0.2], [-0.5, 0.0, 0.4, 0.0]]
+    )
+
+    def system(rows):
+        inputs = th.randn(rows, 5) * th.tensor([1.0, 3.0, 0.5, 1.0, 1.0]) + th.tensor([0.0, 5.0, 0.0, 0.0, 0.0])
+        return inputs, inputs @ matrix
+
+    inputs, mean = system(n)
+    ensemble = Ensemble(3, 2, (64, 64), 5, 3, 2e-3)
+    fit(ensemble, inputs, mean + noise * th.randn(n, 4))
+    test_inputs, test_mean = system(2_000)
+    predicted, log_var = ensemble(test_inputs.expand(5, -1, -1))
+    for member in ensemble.elites.long():
+        error = (predicted[member] - test_mean).square().mean(0).sqrt().detach()
+        assert (error < 0.3 * noise + 0.02).all(), error
+        np.testing.assert_allclose(th.exp(0.5 * log_var[member]).mean(0).detach(), noise, rtol=0.15)
+    # Next observations and rewards on their proper sides
+    rows = test_inputs[:1].expand(20_000, 5)
+    next_obs, rewards = ensemble.sample(rows[:, :3], rows[:, 3:])
+    expected = test_mean[0] + th.cat([th.zeros(1), test_inputs[0, :3]])
+    sampled = th.cat([rewards[:, None], next_obs], dim=1)
+    np.testing.assert_allclose(sampled.mean(0), expected, atol=0.2)
+    np.testing.assert_allclose(sampled.std(0), noise, rtol=0.3)
+
+
+@pytest.mark.parametrize("where", ["inputs", "targets"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_data_never_reach_the_weights(where, value):
+    inputs, targets = numbered_data(100)
+    (inputs if where == "inputs" else targets)[17, 1] = value
+    ensemble = make_ensemble()
+    before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
+    with pytest.raises(ValueError, match="transition 17 are not finite"):
+        fit(ensemble, inputs, targets)
+    assert all(th.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
+
+
+def test_divergence_is_an_error_and_keeps_the_weights():
+    inputs, targets = numbered_data(300)
+    ensemble = make_ensemble()
+    fit(ensemble, inputs, targets)
+    before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
+    with pytest.raises(ValueError, match=r"diverged.*model_learning_rate"):
+        fit(ensemble, inputs, targets * 1e25)
+    assert all(th.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
+    # And it can go on
+    assert np.isfinite(fit(ensemble, inputs, targets).holdout_mse)
+
+
+def test_too_few_transitions():
+    with pytest.raises(ValueError, match=r"at least 2 transitions.*not 1"):
+        fit(make_ensemble(), *numbered_data(1))
+    assert fit(make_ensemble(), *numbered_data(2)).epochs >= training.PATIENCE
+
+
+def test_state_dict_is_all_floats_and_restores_exactly():
+    """SB3's tools fill every entry of a state dict with random floats."""
+    inputs, targets = numbered_data(200)
+    ensemble, other = make_ensemble(), make_ensemble()
+    fit(ensemble, inputs, targets)
+    other.load_state_dict(ensemble.state_dict())
+    other.optimizer.load_state_dict(deepcopy(ensemble.optimizer.state_dict()))
+    assert other.is_fitted and th.equal(other.elites, ensemble.elites)
+    results = []
+    for each in (ensemble, other):
+        th.manual_seed(0)
+        results.append(fit(each, inputs, targets))
+    assert results[0] == results[1]
+    for (name, tensor), copy in zip(ensemble.state_dict().items(), other.state_dict().values(), strict=True):
+        assert th.equal(tensor, copy), name
+    ensemble.load_state_dict({name: th.rand_like(tensor) for name, tensor in ensemble.state_dict().items()})
+    ensemble.sample(inputs[:, :3], inputs[:, 3:])
