@@ -1,0 +1,72 @@
+"""Branched rollouts: short trajectories of the current policy under the ensemble, from real states."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_mbpo.dynamics.ensemble import Ensemble
+
+# (obs) -> actions in [-1, 1]
+Policy = Callable[[th.Tensor], th.Tensor]
+# (obs, actions, next_obs) -> one value per row
+Termination = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+Reward = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+
+
+class Transitions(NamedTuple):
+    """
+    Rows of (obs, action, next_obs, reward, terminated), raw units, actions in [-1, 1].
+
+    :param obs: ``(n, obs_dim)``
+    :param actions: ``(n, action_dim)``
+    :param next_obs: ``(n, obs_dim)``
+    :param rewards: ``(n,)``
+    :param terminated: ``(n,)``, bool; a timeout is not a termination
+    """
+
+    obs: th.Tensor
+    actions: th.Tensor
+    next_obs: th.Tensor
+    rewards: th.Tensor
+    terminated: th.Tensor
+
+
+@th.no_grad()
+def rollout(
+    ensemble: Ensemble,
+    policy: Policy,
+    start_obs: th.Tensor,
+    length: int,
+    termination: Termination,
+    reward: Reward | None = None,
+) -> Iterator[Transitions]:
+    """
+    Follow the policy under the model for ``length`` steps from each start state (paper, Algorithm 2). A terminal
+    transition is yielded and ends its rollout. A transition that the model predicts to be infinite or NaN is not a
+    transition: it is left out and ends its rollout too.
+
+    :param ensemble: A fitted ensemble
+    :param policy: The stochastic policy
+    :param start_obs: Real states, ``(n, obs_dim)``
+    :param length: ``k``
+    :param termination: Which transitions are terminal, bool
+    :param reward: Reward function, the ensemble's prediction if None
+    :return: The transitions of each step, at most ``n`` of them; ends early when no rollout is left
+    """
+    obs = start_obs
+    for _ in range(length):
+        actions = policy(obs)
+        next_obs, rewards = ensemble.sample(obs, actions)
+        finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(rewards)
+        if not finite.all():
+            obs, actions, next_obs, rewards = obs[finite], actions[finite], next_obs[finite], rewards[finite]
+        if len(obs) == 0:
+            return
+        if reward is not None:
+            rewards = reward(obs, actions, next_obs)
+        terminated = termination(obs, actions, next_obs)
+        yield Transitions(obs, actions, next_obs, rewards, terminated)
+        obs = next_obs[~terminated]
+        if len(obs) == 0:
+            return
