@@ -1,0 +1,81 @@
+"""Small environments whose every number is known."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class CountingEnv(gym.Env):
+    """
+    The observation counts the steps of the episode, the reward is the first action.
+
+    :param episode_length: After how many steps the episode ends
+    :param truncate: Whether it is truncated then, else terminated
+    """
+
+    def __init__(self, obs_shape=(2,), action_dim=1, episode_length=10, truncate=False, low=-1.0, high=1.0, dtype=np.float32):
+        self.observation_space = spaces.Box(-np.inf, np.inf, obs_shape, dtype)
+        self.action_space = spaces.Box(low, high, (action_dim,), np.float32)
+        self.episode_length, self.truncate = episode_length, truncate
+        self.count = 0
+
+    def _obs(self):
+        return np.full(self.observation_space.shape, self.count, self.observation_space.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.count += 1
+        over = self.count >= self.episode_length
+        return self._obs(), float(action[0]), over and not self.truncate, over and self.truncate, {}
+
+
+class FaultyEnv(CountingEnv):
+    """
+    Returns ``value`` in its observation or its reward at step ``at_step`` of its life.
+    """
+
+    def __init__(self, where, value, at_step):
+        super().__init__()
+        self.where, self.value, self.at_step, self.steps = where, value, at_step, 0
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.steps += 1
+        if self.steps == self.at_step:
+            if self.where == "observation":
+                obs[1] = self.value
+            else:
+                reward = self.value
+        return obs, reward, terminated, truncated, info
+
+
+class PointEnv(gym.Env):
+    """
+    A point on a line is to be moved to the origin: x' = x + action / 2, reward -|x'|, 20 steps from |x| up to 3. Beyond
+    |x| > 4 the episode is over, at a price.
+    """
+
+    def __init__(self):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.steps = self.np_random.uniform(-3, 3), 0
+        return np.array([self.x], dtype=np.float32), {}
+
+    def step(self, action):
+        self.x += float(action[0]) / 2
+        self.steps += 1
+        terminated = abs(self.x) > 4
+        reward = -abs(self.x) - 20 * terminated
+        return np.array([self.x], dtype=np.float32), reward, terminated, self.steps == 20, {}
+
+    @staticmethod
+    def best_return(x):
+        """Return of the best policy from a start at ``x``: half a unit at each step, then rest."""
+        return -sum(max(abs(x) - 0.5 * step, 0) for step in range(1, 21))

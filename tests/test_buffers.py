@@ -1,0 +1,178 @@
+from collections import deque
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_mbpo.buffers import MixedReplayBuffer, ModelReplayBuffer, model_buffer_size, n_transitions, real_transitions
+from sb3_mbpo.dynamics.rollouts import Transitions
+from tests.envs import CountingEnv
+
+OBS_SPACE = spaces.Box(-np.inf, np.inf, (2, 1), np.float32)
+ACTION_SPACE = spaces.Box(-1, 1, (3,), np.float32)
+
+
+def transitions(numbers):
+    """Transition i is made of i in every place."""
+    column = th.tensor(list(numbers), dtype=th.float32)[:, None]
+    terminated = column.squeeze(1) % 2 == 1
+    return Transitions(column.repeat(1, 2), column.repeat(1, 3), column.repeat(1, 2) + 0.5, -column.squeeze(1), terminated)
+
+
+def contents(buffer):
+    """Numbers in the buffer, oldest first; checks that no row is mixed up."""
+    order = np.arange(buffer.size())
+    if buffer.full:
+        order = np.roll(order, -buffer.pos)
+    sample = buffer._get_samples(order)
+    numbers = sample.rewards.squeeze(1) * -1
+    expected = transitions(numbers.tolist())
+    assert th.equal(sample.observations, expected.obs.reshape(-1, 2, 1))
+    assert th.equal(sample.next_observations, expected.next_obs.reshape(-1, 2, 1))
+    assert th.equal(sample.actions, expected.actions)
+    assert th.equal(sample.dones, expected.terminated.float()[:, None])
+    return numbers.int().tolist()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 12), st.lists(st.one_of(st.integers(0, 30), st.integers(-30, -1)), max_size=12))
+def test_model_buffer_is_first_in_first_out_also_across_resizes(capacity, operations):
+    """A positive number adds as many rows, a negative one changes the capacity. The oracle is a deque."""
+    buffer, oracle, counter = ModelReplayBuffer(capacity, OBS_SPACE, ACTION_SPACE), deque(maxlen=capacity), 0
+    for operation in operations:
+        if operation >= 0:
+            rows = range(counter, counter + operation)
+            buffer.extend(transitions(rows))
+            oracle.extend(rows)
+            counter += operation
+        else:
+            buffer.resize(-operation)
+            oracle = deque(oracle, maxlen=-operation)
+        assert buffer.size() == len(oracle)
+        assert contents(buffer) == list(oracle)
+        assert buffer.buffer_size == oracle.maxlen
+
+
+def test_model_buffer_samples_uniformly():
+    np.random.seed(0)
+    buffer = ModelReplayBuffer(8, OBS_SPACE, ACTION_SPACE)
+    buffer.extend(transitions(range(5)))
+    numbers = -buffer.sample(50_000).rewards.squeeze(1)
+    values, counts = numbers.unique(return_counts=True)
+    assert values.tolist() == [0, 1, 2, 3, 4]
+    assert np.abs(counts.numpy() - 10_000).max() < 5 * np.sqrt(50_000 * 0.2 * 0.8)
+
+
+def test_model_buffer_size():
+    # Hopper: 4 trainings per 1,000 steps
+    assert model_buffer_size(1, 250, 100_000, 1) == 400_000
+    assert model_buffer_size(1, 250, 100_000, 15) == 6_000_000
+    # Humanoid
+    assert model_buffer_size(5, 1_000, 100_000, 25) == 12_500_000
+    # Never less than one training's rollouts
+    assert model_buffer_size(1, 5_000, 100, 2) == 200
+
+
+def real_buffer(size=10, n_envs=1, buffer_class=ReplayBuffer, rows=7, **kwargs):
+    """Row i, environment e is transition 1000 + 10 i + e; real numbers start at 1,000."""
+    buffer = buffer_class(size, OBS_SPACE, ACTION_SPACE, n_envs=n_envs, **kwargs)
+    for i in range(rows):
+        number = 1_000.0 + 10 * i + np.arange(n_envs)
+        obs = np.tile(number[:, None, None], (1, 2, 1))
+        buffer.add(obs, obs + 0.5, np.tile(number[:, None], (1, 3)), -number, np.zeros(n_envs), [{} for _ in range(n_envs)])
+    return buffer
+
+
+@pytest.mark.parametrize(
+    "batch_size, real_ratio, n_real", [(256, 0.05, 12), (256, 0.5, 128), (10, 0.99, 9), (3, 0.3, 0), (7, 0, 0)]
+)
+def test_every_batch_has_its_share_of_real_transitions(batch_size, real_ratio, n_real):
+    model_buffer = ModelReplayBuffer(8, OBS_SPACE, ACTION_SPACE)
+    model_buffer.extend(transitions(range(8)))
+    mixed = MixedReplayBuffer(real_buffer(), model_buffer, real_ratio, 0.99)
+    for _ in range(20):
+        batch = mixed.sample(batch_size)
+        is_real = batch.observations[:, 0, 0] >= 1_000
+        assert is_real.sum() == n_real and len(is_real) == batch_size
+        assert is_real[:n_real].all()
+        # Rows stay together
+        assert th.equal(batch.next_observations, batch.observations + 0.5)
+        assert th.equal(batch.rewards, -batch.observations[:, 0])
+        assert th.equal(batch.actions, batch.observations[:, 0].repeat(1, 3))
+        assert batch.discounts is None
+    assert mixed.size() == 15
+
+
+def test_without_model_data_or_with_ratio_one_all_are_real():
+    model_buffer = ModelReplayBuffer(8, OBS_SPACE, ACTION_SPACE)
+    assert (MixedReplayBuffer(real_buffer(), model_buffer, 0.05, 0.99).sample(64).observations >= 1_000).all()
+    model_buffer.extend(transitions(range(8)))
+    np.random.seed(0)
+    batch = MixedReplayBuffer(real_buffer(), model_buffer, 1.0, 0.99).sample(64)
+    np.random.seed(0)
+    expected = real_buffer().sample(64)
+    assert all(th.equal(a, b) for a, b in zip(batch[:5], expected[:5], strict=True))
+
+
+def test_n_step_returns_are_discounted_by_gamma_in_the_model_half():
+    model_buffer = ModelReplayBuffer(8, OBS_SPACE, ACTION_SPACE)
+    model_buffer.extend(transitions(range(8)))
+    real = real_buffer(buffer_class=NStepReplayBuffer, n_steps=3, gamma=0.9)
+    batch = MixedReplayBuffer(real, model_buffer, 0.5, 0.9).sample(100)
+    assert batch.discounts.shape == batch.rewards.shape
+    assert th.allclose(batch.discounts[50:], th.tensor(0.9))
+    assert (batch.discounts[:50].unique().round(decimals=3) == 0.729).any()
+
+
+def test_normalises_both_halves():
+    model_buffer = ModelReplayBuffer(8, OBS_SPACE, ACTION_SPACE)
+    model_buffer.extend(transitions(range(8)))
+    env = VecNormalize(DummyVecEnv([lambda: CountingEnv(obs_shape=(2, 1), action_dim=3)]), clip_obs=1e9, clip_reward=1e9)
+    env.obs_rms.mean[:], env.obs_rms.var[:], env.ret_rms.var = 100.0, 4.0, 25.0
+    batch = MixedReplayBuffer(real_buffer(), model_buffer, 0.5, 0.99).sample(16, env=env)
+    raw = batch.observations * 2 + 100
+    assert th.allclose(batch.next_observations * 2 + 100, raw + 0.5, atol=1e-3)
+    assert th.allclose(batch.rewards * 5, -raw[:, 0], atol=1e-3)
+    assert batch.observations.dtype == batch.rewards.dtype == th.float32
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("rows", [4, 5, 8])
+def test_real_transitions(n_envs, rows):
+    """Each transition once, whatever the number of environments, and also when the buffer has wrapped around."""
+    buffer = real_buffer(5 * n_envs, n_envs, rows=rows)
+    obs, actions, next_obs, rewards, terminated = real_transitions(buffer)
+    expected = sorted(1_000 + 10 * i + e for i in range(max(0, rows - 5), rows) for e in range(n_envs))
+    assert sorted(obs[:, 0].int().tolist()) == expected and n_transitions(buffer) == len(expected)
+    assert th.equal(next_obs, obs + 0.5) and th.equal(actions, obs[:, :1].repeat(1, 3)) and th.equal(rewards, -obs[:, 0])
+    assert obs.shape[1] == 2 and not terminated.any()
+    assert {column.dtype for column in (obs, actions, next_obs, rewards)} == {th.float32}
+
+
+def test_timeouts_are_valid_and_not_terminal():
+    buffer = ReplayBuffer(10, OBS_SPACE, ACTION_SPACE)
+    zeros, row = np.zeros((1, 3)), np.zeros((1, 2, 1))
+    for done, truncated in [(False, False), (True, False), (True, True)]:
+        buffer.add(row, row, zeros, np.zeros(1), np.array([done]), [{"TimeLimit.truncated": truncated}])
+    assert real_transitions(buffer).terminated.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("rows, expected", [(3, [0, 2]), (4, [0, 2]), (5, [2, 4]), (6, [2, 4]), (7, [4, 6])])
+def test_memory_efficient_buffer_leaves_out_what_it_lost(rows, expected):
+    """
+    Every second transition ends an episode: there, the buffer holds the next episode's first observation. Once it is
+    full, the newest successor takes the place of the oldest observation.
+    """
+    buffer = ReplayBuffer(5, OBS_SPACE, ACTION_SPACE, optimize_memory_usage=True, handle_timeout_termination=False)
+    for i in range(rows):
+        obs = np.full((1, 2, 1), float(i))
+        done = i % 2 == 1
+        buffer.add(obs, obs + 1, np.full((1, 3), float(i)), np.array([float(i)]), np.array([done]), [{}])
+    found = real_transitions(buffer)
+    assert sorted(found.rewards.int().tolist()) == expected
+    assert th.equal(found.next_obs, found.obs + 1) and th.equal(found.rewards, found.obs[:, 0])
