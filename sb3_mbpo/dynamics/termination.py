@@ -1,0 +1,388 @@
+"""
+Which transitions end an episode: derived from the environment's own parameters where its class is known, given by the
+user, or learned from the replay buffer. Also the contract of the functions of transitions that a user may pass.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    VecVideoRecorder,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_mbpo.dynamics.ensemble import input_stats
+from sb3_mbpo.dynamics.training import BATCH_SIZE, split_holdout
+
+# (obs, action, next_obs) -> one value per row. Numpy arrays (n, *shape): raw observations, actions in the environment's units
+TransitionFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+TerminationFn = TransitionFn
+RewardFn = TransitionFn
+# (low, high)
+Range = Sequence[float]
+
+
+# --- Known tasks: what Gymnasium's `step()` and `is_healthy` compute, from what the observation shows -----------------
+# Inequalities are strict or not as they are there: what is NaN lies within no range, hence is not healthy.
+
+
+def _never(next_obs: np.ndarray) -> np.ndarray:
+    return np.zeros(len(next_obs), dtype=bool)
+
+
+def _within(values: np.ndarray, bounds: Range) -> np.ndarray:
+    low, high = bounds
+    return (low < values) & (values < high)
+
+
+# `hidden` (True counts as 1): whether the observation leaves out x (planar robots) or x and y (the others)
+
+
+def _hopper(
+    next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range, angle_range: Range, state_range: Range
+) -> np.ndarray:
+    z, angle, state = next_obs[:, 1 - hidden], next_obs[:, 2 - hidden], next_obs[:, 2 - hidden :]
+    # The observation clips velocities to [-10, 10], so limits beyond (by default 100) are not visible in it
+    healthy = _within(z, z_range) & _within(angle, angle_range) & _within(state, state_range).all(axis=1)
+    return np.logical_and(terminate, ~healthy)
+
+
+def _walker2d(next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range, angle_range: Range) -> np.ndarray:
+    z, angle = next_obs[:, 1 - hidden], next_obs[:, 2 - hidden]
+    return np.logical_and(terminate, ~(_within(z, z_range) & _within(angle, angle_range)))
+
+
+def _ant(next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range) -> np.ndarray:
+    z = next_obs[:, 2 - 2 * hidden]
+    low, high = z_range
+    healthy = np.isfinite(next_obs).all(axis=1) & (low <= z) & (z <= high)
+    return np.logical_and(terminate, ~healthy)
+
+
+def _humanoid(next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range) -> np.ndarray:
+    return np.logical_and(terminate, ~_within(next_obs[:, 2 - 2 * hidden], z_range))
+
+
+def _inverted_pendulum(next_obs: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(next_obs).all(axis=1) | (np.abs(next_obs[:, 1]) > 0.2)
+
+
+def _inverted_double_pendulum(next_obs: np.ndarray, tip_height: list[list[float]]) -> np.ndarray:
+    # Gymnasium reads the tip where MuJoCo's last Runge-Kutta stage left it, which is not quite the observed pose:
+    # they are less than 0.1 mm apart as a rule, 4 mm in the worst case seen
+    sin, cos = next_obs[:, 1:3], next_obs[:, 3:5]
+    first, second = np.stack([np.ones_like(sin), sin, cos], axis=1).transpose(2, 0, 1)
+    return np.einsum("ni,ij,nj->n", first, tip_height, second) <= 1
+
+
+_HEALTH = ("_terminate_when_unhealthy", "_exclude_current_positions_from_observation", "_healthy_z_range")
+
+# Class -> (condition, attributes of the live environment that are its arguments after next_obs)
+_TASKS: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
+    "gymnasium.envs.classic_control.pendulum:PendulumEnv": (_never, ()),
+    **{
+        f"gymnasium.envs.mujoco.{module}_{version}:{name}": (condition, attributes)
+        for version in ("v4", "v5")
+        for module, name, condition, attributes in (
+            ("half_cheetah", "HalfCheetahEnv", _never, ()),
+            ("hopper", "HopperEnv", _hopper, (*_HEALTH, "_healthy_angle_range", "_healthy_state_range")),
+            ("walker2d", "Walker2dEnv", _walker2d, (*_HEALTH, "_healthy_angle_range")),
+            ("ant", "AntEnv", _ant, _HEALTH),
+            ("humanoid", "HumanoidEnv", _humanoid, _HEALTH),
+            ("humanoidstandup", "HumanoidStandupEnv", _never, ()),
+            ("swimmer", "SwimmerEnv", _never, ()),
+            ("reacher", "ReacherEnv", _never, ()),
+            ("pusher", "PusherEnv", _never, ()),
+            ("inverted_pendulum", "InvertedPendulumEnv", _inverted_pendulum, ()),
+            ("inverted_double_pendulum", "InvertedDoublePendulumEnv", _inverted_double_pendulum, ("model",)),
+        )
+    },
+}
+
+# `step` methods that pass on observation and termination as they are, by package; wrappers that inherit them do so too
+_TRANSPARENT_STEPS = {
+    f"{package}:{name}.step"
+    for package, names in {
+        "gymnasium": (
+            *("Wrapper", "ActionWrapper", "RewardWrapper", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker"),
+            *("RecordEpisodeStatistics", "RecordVideo", "RenderCollection", "HumanRendering", "NormalizeReward"),
+        ),
+        "stable_baselines3": ("Monitor",),
+        "rl_zoo3": (
+            *("ActionNoiseWrapper", "ActionSmoothingWrapper", "DelayedRewardWrapper"),
+            *("TruncatedOnSuccessWrapper", "FrameSkip", "PatchedTimeLimit"),
+        ),
+    }.items()
+    for name in names
+}
+_TRANSPARENT_VEC_WRAPPERS = (VecNormalize, VecMonitor, VecCheckNan, VecVideoRecorder)
+
+
+def _runs(wrapper: gym.Wrapper, task: str) -> bool:
+    """Whether the innermost environment is of this very class; a subclass is another task."""
+    cls = type(wrapper.unwrapped)
+    return f"{cls.__module__}:{cls.__qualname__}" == task
+
+
+def _hides(wrapper: gym.Wrapper, attributes: Iterable[str]) -> bool:
+    """Whether a wrapper may change what the agent observes, or answers for one of the environment's attributes."""
+    step, base = type(wrapper).step, wrapper.unwrapped
+    package = step.__module__.partition(".")[0]
+    return f"{package}:{step.__qualname__}" not in _TRANSPARENT_STEPS or not all(
+        hasattr(base, name) and wrapper.get_wrapper_attr(name) is getattr(base, name) for name in attributes
+    )
+
+
+class _AnyWrapper:
+    """
+    Stands in for the class in ``VecEnv.env_is_wrapped(cls)``, which takes ``isinstance(wrapper, cls)`` of each wrapper where
+    the environment lives. So a worker process answers with a bool; whatever else one asks for, if it cannot be
+    pickled (a lambda in ``spec``, for instance) kills the worker.
+
+    :param test: A function of the wrapper; must be picklable
+    """
+
+    def __init__(self, test: Callable[[gym.Wrapper], bool]) -> None:
+        self.test = test
+
+    def __instancecheck__(self, wrapper: gym.Wrapper) -> bool:
+        return self.test(wrapper)
+
+
+def _tip_height(model: Any) -> list[list[float]] | None:
+    """
+    Height of the tip of a double pendulum, read off its MuJoCo model by forward kinematics.
+
+    :param model: ``mujoco.MjModel``, not changed
+    :return: The matrix M of ``(1, sin a, cos a) @ M @ (1, sin b, cos b)``, where a and b are the angles, in m;
+        None if the height is not of that form
+    """
+    import mujoco  # type: ignore[import-untyped]  # optional, but there where such a model is
+
+    data = mujoco.MjData(model)
+
+    def height(x: float, a: float, b: float) -> float:
+        data.qpos[:] = x, a, b
+        mujoco.mj_kinematics(model, data)
+        return float(data.site_xpos[0, 2])
+
+    def basis(angle: float) -> list[float]:
+        return [1, np.sin(angle), np.cos(angle)]
+
+    angles = (-np.pi / 2, 0, np.pi / 2)
+    inverse = np.linalg.inv([basis(angle) for angle in angles])
+    matrix = inverse @ [[height(0, a, b) for b in angles] for a in angles] @ inverse.T
+    is_exact = np.isclose(basis(0.4) @ matrix @ basis(-0.3), height(0.5, 0.4, -0.3))
+    return matrix.tolist() if is_exact else None
+
+
+def derive_termination_fn(env: VecEnv) -> TerminationFn | None:
+    """
+    The termination function of a task whose source is known (Gymnasium's MuJoCo tasks v4 and v5, and Pendulum), with the
+    parameters that the live environment has now. Nothing is guessed: a subclass, a wrapper that may change
+    observations or terminations, or parallel environments that differ give None.
+
+    In a ``SubprocVecEnv`` only wrapped environments can be recognised, which those of ``gym.make`` and
+    ``make_vec_env`` are.
+
+    :param env: The training environment
+    :return: The function, or None if it is not known
+    """
+    while isinstance(env, VecEnvWrapper):
+        if type(env) not in _TRANSPARENT_VEC_WRAPPERS:
+            return None
+        env = env.venv
+    if type(env) not in (DummyVecEnv, SubprocVecEnv):
+        return None
+
+    def ask(test: Callable[[gym.Wrapper], bool]) -> list[bool]:
+        question: Any = _AnyWrapper(test)
+        if isinstance(env, DummyVecEnv):
+            # Wrapped once more, as a bare environment would not be asked
+            return [is_wrapped(gym.Wrapper(each), question) for each in env.envs]
+        return env.env_is_wrapped(question)
+
+    task = next((task for task in _TASKS if all(ask(partial(_runs, task=task)))), None)
+    if task is None:
+        return None
+    condition, attributes = _TASKS[task]
+    if any(ask(partial(_hides, attributes=attributes))):
+        return None
+
+    def parameter(name: str, index: int) -> Any:
+        value = env.get_attr(name, index)[0]
+        return _tip_height(value) if name == "model" else np.asarray(value).tolist()
+
+    parameters, *others = [[parameter(name, index) for name in attributes] for index in range(env.num_envs)]
+    if None in parameters or any(other != parameters for other in others):
+        return None
+    return lambda obs, action, next_obs: condition(next_obs, *parameters)
+
+
+# --- Functions that a user passes ------------------------------------------------------------------------------------
+
+
+def apply_transition_fn(
+    fn: TransitionFn, name: str, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, boolean: bool
+) -> np.ndarray:
+    """
+    Call a function of transitions and check what it returns.
+
+    :param fn: ``termination_fn`` or ``reward_fn``; gets copies, so it may work in place
+    :param name: The argument's name, for messages
+    :param obs: ``(n, *obs_shape)``, raw observations
+    :param action: ``(n, *action_shape)``, in the environment's units
+    :param next_obs: ``(n, *obs_shape)``
+    :param boolean: Whether it must return bools; finite floats otherwise
+    :return: ``(n,)``
+    :raises ValueError: if the function raises, or returns anything else
+    """
+    try:
+        values = fn(obs.copy(), action.copy(), next_obs.copy())
+    except Exception as error:
+        shapes = f"obs {obs.shape}, action {action.shape} and next_obs {next_obs.shape}"
+        raise ValueError(f"`{name}` raised {error!r} for arrays of shape {shapes}") from error
+    dtype, allowed = (np.bool_, "bools") if boolean else (np.floating, "finite floats")
+    if isinstance(values, np.ndarray) and values.shape == (len(obs),) and np.issubdtype(values.dtype, dtype):
+        if np.isfinite(values).all():
+            return values
+        found = f"{np.count_nonzero(~np.isfinite(values))} values that are not finite"
+    else:
+        found = type(values).__name__
+        found += "".join(f", {key} {getattr(values, key)}" for key in ("dtype", "shape") if hasattr(values, key))
+    raise ValueError(
+        f"`{name}` must return a numpy array of {allowed} with shape ({len(obs)},), one per transition, but returned: {found}"
+    )
+
+
+def check_transition_fn(
+    fn: TransitionFn, name: str, observation_space: spaces.Box, action_space: spaces.Box, boolean: bool
+) -> None:
+    """
+    Try a user's function of transitions on a few rows. No random numbers are drawn.
+
+    :param fn: ``termination_fn`` or ``reward_fn``
+    :param name: The argument's name, for messages
+    :param observation_space: Of the environment
+    :param action_space: Of the environment
+    :param boolean: Whether it must return bools; finite floats otherwise
+    :raises ValueError: if it is no function, raises, or returns anything else
+    """
+    if not callable(fn):
+        raise ValueError(f"`{name}` must be None or a function of (obs, action, next_obs), not {fn!r}")
+    # A number of rows that is no other dimension, so that a result along the wrong axis shows
+    taken = {size for space in (observation_space, action_space) for size in (*space.shape, int(np.prod(space.shape)))}
+    n = next(n for n in range(3, 4 + len(taken)) if n not in taken)
+    obs, action = (
+        np.zeros((n, *space.shape)).clip(space.low, space.high).astype(space.dtype)
+        for space in (observation_space, action_space)
+    )
+    apply_transition_fn(fn, name, obs, action, obs, boolean)
+
+
+# --- Learned, where nothing is known ---------------------------------------------------------------------------------
+
+# Gradient steps between two looks at the holdout, looks without improvement after which training stops, and looks at most
+STEPS_PER_LOOK = 50
+PATIENCE = 5
+MAX_LOOKS = 40
+# Rows predicted at once, to bound memory
+CHUNK_SIZE = 50_000
+
+
+class TerminationClassifier(nn.Module):
+    """
+    Probability that an episode has ended, learned from the replay buffer. Its input is the next observation alone: a
+    termination is a property of the state reached, and with observation and action beside it held-out
+    errors were two to three times as many (Hopper, Walker2d).
+
+    Constructing it does not touch the global random state, so that an agent that never uses it sees the same random
+    numbers as SB3's ``SAC``.
+
+    :param obs_dim: Size of the flattened observation
+    """
+
+    def __init__(self, obs_dim: int) -> None:
+        super().__init__()
+        with th.random.fork_rng(devices=[]):
+            self.network = nn.Sequential(
+                nn.Linear(obs_dim, 200), nn.SiLU(), nn.Linear(200, 200), nn.SiLU(), nn.Linear(200, 1), nn.Flatten(0)
+            )
+        # The log-odds in the data: minus infinity if nothing has ever ended, infinity if everything has
+        self.prior: th.Tensor
+        self.input_mean: th.Tensor
+        self.input_std: th.Tensor
+        self.register_buffer("prior", th.tensor(-th.inf))
+        self.register_buffer("input_mean", th.zeros(obs_dim))
+        self.register_buffer("input_std", th.ones(obs_dim))
+        self.optimizer = th.optim.Adam(self.network.parameters(), lr=1e-3)
+
+    def forward(self, next_obs: th.Tensor) -> th.Tensor:
+        """
+        :param next_obs: ``(n, obs_dim)``, raw units
+        :return: Log-odds of termination, ``(n,)``
+        """
+        return self.network((next_obs - self.input_mean) / self.input_std) + self.prior
+
+    def fit(self, next_obs: th.Tensor, terminated: th.Tensor) -> float:
+        """
+        Train from the present weights until the loss on held-out rows stops falling, and keep the best weights. Rare
+        terminations are not given more weight: the probabilities would be wrong.
+
+        :param next_obs: ``(n, obs_dim)``, raw units, float32
+        :param terminated: ``(n,)``, bool or float; a timeout is not a termination
+        :return: Cross-entropy on the held-out rows; 0 if all rows are terminal or none is, which is then predicted exactly
+        """
+        labels = terminated.float()
+        self.prior.copy_(labels.mean().logit())
+        if self.prior.isinf():
+            return 0.0
+        mean, std = input_stats(next_obs)
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(std)
+
+        train, holdout = split_holdout(len(next_obs), next_obs.device)
+        best_loss, best_weights, since_improvement = th.inf, {}, 0
+        for look in range(MAX_LOOKS + 1):
+            if look > 0:
+                self._train(next_obs, labels, train)
+            with th.no_grad():
+                loss = F.binary_cross_entropy_with_logits(self(next_obs[holdout]), labels[holdout]).item()
+            since_improvement += 1
+            if loss < best_loss:
+                best_loss, best_weights, since_improvement = loss, copy.deepcopy(self.network.state_dict()), 0
+            if since_improvement == PATIENCE:
+                break
+        self.network.load_state_dict(best_weights)
+        return best_loss
+
+    def _train(self, next_obs: th.Tensor, labels: th.Tensor, rows: th.Tensor) -> None:
+        for _ in range(STEPS_PER_LOOK):
+            batch = rows[th.randint(len(rows), (BATCH_SIZE,), device=rows.device)]
+            loss = F.binary_cross_entropy_with_logits(self(next_obs[batch]), labels[batch])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+    @th.no_grad()
+    def predict(self, next_obs: th.Tensor) -> th.Tensor:
+        """
+        :param next_obs: ``(n, obs_dim)``, raw units
+        :return: Whether each is more likely terminal than not, bool, ``(n,)``
+        """
+        return th.cat([self(chunk) > 0 for chunk in next_obs.split(CHUNK_SIZE)])
