@@ -1,0 +1,171 @@
+"""When the model is retrained and how far it is rolled out."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+
+from sb3_mbpo.buffers import model_buffer_size, n_transitions, real_transitions
+from sb3_mbpo.dynamics.rollouts import Transitions, rollout
+from sb3_mbpo.dynamics.termination import TransitionFn, apply_transition_fn, derive_termination_fn
+from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.schedules import rollout_length
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
+
+
+def progress_bars(callback: BaseCallback) -> list[ProgressBarCallback]:
+    """
+    :param callback: A callback or nested lists of them
+    :return: The progress bars in it
+    """
+    if isinstance(callback, CallbackList):
+        return [bar for child in callback.callbacks for bar in progress_bars(child)]
+    return [callback] if isinstance(callback, ProgressBarCallback) else []
+
+
+class DynamicsCallback(BaseCallback):
+    """
+    Every ``model_train_freq`` environment steps, fit the ensemble to all real transitions and fill the model buffer with
+    rollouts of the current policy (paper, Algorithm 2). ``MBPO`` adds it to the user's callbacks by itself.
+
+    It also refuses what the environment must not return: observations or rewards that are not finite.
+
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages
+    """
+
+    model: "MBPO"
+
+    def __init__(self, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.progress_bars: list[ProgressBarCallback] = []
+
+    def _init_callback(self) -> None:
+        agent = self.model
+        # At every `learn()`, because `set_env` may have brought another environment
+        self.termination_fn = agent.termination_fn
+        if self.termination_fn is None:
+            self.termination_fn = derive_termination_fn(self.training_env)
+        if self.verbose >= 1:
+            if agent.termination_fn is not None:
+                source = "given by the user"
+            elif self.termination_fn is not None:
+                source = "derived from the environment"
+            else:
+                source = "learned from the replay buffer, as nothing is known about the environment's"
+            print(f"Termination of model rollouts: {source}")
+
+    def _on_step(self) -> bool:
+        # Here, before the transition is stored
+        observations = [self.locals["new_obs"], *(info.get("terminal_observation", 0.0) for info in self.locals["infos"])]
+        for name, values in (("observation", observations), ("reward", [self.locals["rewards"]])):
+            for value in values:
+                if not np.isfinite(value).all():
+                    raise ValueError(
+                        f"The environment returned a {name} that is not finite at step {self.num_timesteps}: {value}. "
+                        f"Every {name} must be a finite number; check the environment's `step()` with "
+                        "`stable_baselines3.common.vec_env.VecCheckNan`."
+                    )
+        return True
+
+    def _on_rollout_end(self) -> None:
+        agent = self.model
+        if agent.real_ratio == 1 or not agent.is_warmed_up:
+            return
+        assert agent.replay_buffer is not None
+        n_real = n_transitions(agent.replay_buffer)
+        since_training = agent.lifetime_timesteps - agent.last_model_training
+        # After loading without the replay buffer, too few transitions would spoil the loaded model
+        enough = n_real >= max(2, min(agent.learning_starts, agent.replay_buffer.buffer_size * agent.n_envs))
+        retrain = enough and (not agent.dynamics.is_fitted or since_training >= agent.model_train_freq)
+        refill = agent.dynamics.is_fitted and agent.model_buffer.size() == 0
+        if retrain or refill:
+            transitions = real_transitions(agent.replay_buffer, agent.device)
+            if retrain:
+                self._train_model(transitions)
+            self._generate_rollouts(transitions)
+
+    def _train_model(self, transitions: Transitions) -> None:
+        agent = self.model
+        obs, actions, next_obs, rewards, terminated = transitions
+        with self._timed("model", "Training the dynamics model"):
+            result = fit(agent.dynamics, th.cat([obs, actions], dim=1), th.cat([rewards[:, None], next_obs - obs], dim=1))
+            if self.termination_fn is None:
+                agent.termination_classifier.fit(next_obs, terminated)
+            mismatch = (self._termination(obs, actions, next_obs) != terminated).float().mean().item()
+        agent.last_model_training = agent.lifetime_timesteps
+        self.logger.record("model/train_loss", result.train_loss)
+        self.logger.record("model/holdout_mse", result.holdout_mse)
+        self.logger.record("model/epochs", result.epochs)
+        self.logger.record("model/termination_mismatch", mismatch)
+
+    def _generate_rollouts(self, transitions: Transitions) -> None:
+        agent = self.model
+        length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
+        with self._timed("rollouts", "Generating model rollouts"):
+            agent.model_buffer.resize(
+                model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
+            )
+            agent.policy.set_training_mode(False)
+            start = transitions.obs[th.randint(len(transitions.obs), (agent.rollout_batch_size,), device=agent.device)]
+            reward = None if agent.reward_fn is None else self._reward
+            n_generated = 0
+            for step in rollout(agent.dynamics, self._policy, start, length, self._termination, reward):
+                agent.model_buffer.extend(step)
+                n_generated += len(step.obs)
+        self.logger.record("model/rollout_length", length)
+        self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)
+
+    def _policy(self, obs: th.Tensor) -> th.Tensor:
+        """The stochastic policy on raw observations; a tensor of actions in [-1, 1], as the replay buffer has them."""
+        agent = self.model
+        obs = obs.reshape(-1, *agent.observation_space.shape)  # type: ignore[misc]
+        if (vec_normalize := agent.get_vec_normalize_env()) is not None:
+            obs = th.as_tensor(vec_normalize.normalize_obs(obs.cpu().numpy()), device=agent.device)
+        if agent.use_sde:
+            agent.actor.reset_noise(len(obs))
+        return agent.actor(obs, deterministic=False)
+
+    def _termination(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        if self.termination_fn is None:
+            return self.model.termination_classifier.predict(next_obs)
+        return self._apply(self.termination_fn, "termination_fn", obs, actions, next_obs, boolean=True)
+
+    def _reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        assert self.model.reward_fn is not None
+        return self._apply(self.model.reward_fn, "reward_fn", obs, actions, next_obs, boolean=False)
+
+    def _apply(
+        self, fn: TransitionFn, name: str, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, boolean: bool
+    ) -> th.Tensor:
+        """Call a function of transitions with what the environment itself would see: its shapes, its action units."""
+        agent = self.model
+        obs_shape, action_shape = agent.observation_space.shape, agent.action_space.shape
+        assert obs_shape is not None and action_shape is not None
+        values = apply_transition_fn(
+            fn,
+            name,
+            obs.cpu().numpy().reshape(-1, *obs_shape),
+            agent.policy.unscale_action(actions.cpu().numpy().reshape(-1, *action_shape)),
+            next_obs.cpu().numpy().reshape(-1, *obs_shape),
+            boolean,
+        )
+        return th.as_tensor(values, device=agent.device)
+
+    @contextmanager
+    def _timed(self, what: str, description: str) -> Iterator[None]:
+        """Count the seconds, and tell whoever watches a progress bar why it stands still."""
+        start = time.perf_counter()
+        for bar in self.progress_bars:
+            bar.pbar.set_description(description)
+        try:
+            yield
+        finally:
+            for bar in self.progress_bars:
+                bar.pbar.set_description("")
+            self.model.seconds[what] += time.perf_counter() - start

@@ -1,0 +1,421 @@
+"""The algorithm as a user of Stable-Baselines3 meets it: constructor, training loop, saving and loading. No mathematics."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.sac.policies import MlpPolicy, SACPolicy
+
+from sb3_mbpo.buffers import MixedReplayBuffer, ModelReplayBuffer, model_buffer_size, n_transitions
+from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
+from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.dynamics.termination import RewardFn, TerminationClassifier, TerminationFn, check_transition_fn
+from sb3_mbpo.schedules import check_rollout_schedule, rollout_length
+
+__all__ = ["MBPO", "MlpPolicy", "UnsupportedSpaceError"]
+
+SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
+
+
+class UnsupportedSpaceError(ValueError, AssertionError):
+    """A space that the model cannot work with. (SB3 itself raises an ``AssertionError`` here.)"""
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """
+    :param observation_space: The environment's
+    :param action_space: The environment's
+    :raises UnsupportedSpaceError: (a ``ValueError``) unless both are boxes of floats and the actions are bounded
+    """
+    allowed = "MBPO supports Box observations of floats, of any shape"
+    if isinstance(observation_space, spaces.Dict | spaces.Tuple):
+        raise UnsupportedSpaceError(
+            f"`env` has the observation space {observation_space}. {allowed}: wrap the environment with "
+            "`gymnasium.wrappers.FlattenObservation`."
+        )
+    if not isinstance(observation_space, spaces.Box):
+        raise UnsupportedSpaceError(
+            f"`env` has the observation space {observation_space}. {allowed}: turn it into one with "
+            "`gymnasium.wrappers.FlattenObservation` (one-hot) or `gymnasium.wrappers.TransformObservation`."
+        )
+    if not np.issubdtype(observation_space.dtype, np.floating):
+        raise UnsupportedSpaceError(
+            f"`env` has the observation space {observation_space}. {allowed}: convert them with "
+            "`gymnasium.wrappers.DtypeObservation(env, np.float32)`. The model is not made for images."
+        )
+    if not isinstance(action_space, spaces.Box):
+        raise UnsupportedSpaceError(
+            f"`env` has the action space {action_space}. The algorithm only supports Box as action space; "
+            "for discrete actions see SB3's DQN."
+        )
+    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+        raise UnsupportedSpaceError(
+            f"`env` has the action space {action_space}. Continuous action space must have a finite lower and upper bound: "
+            "wrap the environment with `gymnasium.wrappers.RescaleAction`."
+        )
+
+
+class MBPO(SAC):
+    """
+    Model-Based Policy Optimization (MBPO): SAC that learns mostly from short rollouts of an ensemble of dynamics models.
+
+    Paper: https://arxiv.org/abs/1906.08253 (Janner, Fu, Zhang, Levine: When to Trust Your Model, NeurIPS 2019).
+    Where the paper is silent, the authors' release (https://github.com/jannerm/mbpo) is followed.
+
+    The arguments up to ``device`` are those of :class:`stable_baselines3.SAC`; three defaults differ from SB3's
+    (``learning_starts``, ``gradient_steps``, and ``total_timesteps`` of :meth:`learn`).
+
+    :param policy: The policy model to use (MlpPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str). Observations must be a ``Box`` of floats
+        of any shape, actions a bounded ``Box``.
+    :param learning_rate: learning rate for adam optimizer,
+        the same learning rate will be used for all networks (Q-Values, Actor and temperature, but not the model's)
+        it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer (real transitions)
+    :param learning_starts: how many environment steps of random actions to collect before anything is learned. Counted once
+        in the agent's life: not again at the next ``learn()`` or after loading.
+    :param batch_size: Minibatch size for each gradient update, real and generated transitions together
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the policy every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient updates to do after each rollout in the environment (paper: G, 20 to 40).
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
+    :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
+        Not used in model rollouts.
+    :param replay_buffer_class: Replay buffer class to use for the real transitions.
+        If ``None``, it will be automatically selected.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer. It loses the last observation of
+        every episode, so that the model cannot learn from those transitions.
+    :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) for the real part of each batch.
+    :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
+        (and 'auto_0.1' for using 0.1 as initial value)
+    :param target_update_interval: update the target network every ``target_network_update_freq`` gradient steps.
+    :param target_entropy: target entropy when learning ``ent_coef`` (``ent_coef = 'auto'``)
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
+        Default: -1 (only sample at the beginning of the rollout)
+    :param use_sde_at_warmup: Whether to use gSDE instead of uniform sampling during the warm up phase
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param ensemble_size: Number of networks in the dynamics ensemble
+    :param num_elites: Number of networks, the best on held-out data, that generate transitions
+    :param model_hidden_sizes: Units of each hidden layer of each network
+    :param model_learning_rate: Learning rate of the ensemble's Adam
+    :param model_train_freq: Environment steps between two trainings of the model, each followed by model rollouts
+    :param rollout_batch_size: Number of model rollouts after each training
+    :param rollout_schedule: ``(first_step, last_step, k_min, k_max)``: the length of the model rollouts grows linearly from
+        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life
+    :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
+    :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC.
+    :param termination_fn: Which transitions are terminal: ``termination_fn(obs, action, next_obs)`` gets arrays of shape
+        ``(n, *space.shape)``, not normalised, and returns a bool array of shape ``(n,)``. If None, it is derived from the
+        environment where that is known (Gymnasium's MuJoCo tasks and Pendulum), and otherwise learned from the real data.
+    :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
+        the model predicts the reward.
+    :raises ValueError: if an argument is not in its range, or a space is not supported
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
+
+    def __init__(
+        self,
+        policy: str | type[SACPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 5_000,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 20,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        ensemble_size: int = 7,
+        num_elites: int = 5,
+        model_hidden_sizes: Sequence[int] = (200, 200, 200, 200),
+        model_learning_rate: float = 1e-3,
+        model_train_freq: int = 250,
+        rollout_batch_size: int = 100_000,
+        rollout_schedule: Sequence[int] = (20_000, 100_000, 1, 15),
+        model_retain_epochs: int = 1,
+        real_ratio: float = 0.05,
+        termination_fn: TerminationFn | None = None,
+        reward_fn: RewardFn | None = None,
+    ) -> None:
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            check_spaces(env.observation_space, env.action_space)
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            ent_coef=ent_coef,
+            target_update_interval=target_update_interval,
+            target_entropy=target_entropy,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            use_sde_at_warmup=use_sde_at_warmup,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.ensemble_size = ensemble_size
+        self.num_elites = num_elites
+        self.model_hidden_sizes = model_hidden_sizes
+        self.model_learning_rate = model_learning_rate
+        self.model_train_freq = model_train_freq
+        self.rollout_batch_size = rollout_batch_size
+        self.rollout_schedule = rollout_schedule
+        self.model_retain_epochs = model_retain_epochs
+        self.real_ratio = real_ratio
+        self.termination_fn = termination_fn
+        self.reward_fn = reward_fn
+
+        # Steps of earlier calls of `learn()` whose count was reset
+        self._steps_before_reset = 0
+        self.last_model_training = 0
+        # Since the start of `learn()`
+        self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates"), 0.0)
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        """
+        :raises ValueError: if one of MBPO's own arguments is not in its range
+        """
+        for name in ("ensemble_size", "num_elites", "model_train_freq", "rollout_batch_size", "model_retain_epochs"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number, 1 or more, not {value!r}")
+        if self.num_elites > self.ensemble_size:
+            raise ValueError(
+                f"`num_elites` must not be larger than `ensemble_size` ({self.ensemble_size}), but is {self.num_elites}"
+            )
+        sizes = self.model_hidden_sizes
+        if (
+            not isinstance(sizes, Sequence)
+            or isinstance(sizes, str)
+            or len(sizes) == 0
+            or not all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
+        ):
+            raise ValueError(f"`model_hidden_sizes` must be a list of whole numbers, 1 or more, not {sizes!r}")
+        for name, (low, high), allowed in (
+            ("model_learning_rate", (np.nextafter(0, 1), np.finfo(float).max), "a finite number above 0"),
+            ("real_ratio", (0, 1), "a number from 0 (no real transitions in a batch) to 1 (no model)"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
+        check_rollout_schedule(self.rollout_schedule)
+        assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
+        for name, boolean in (("termination_fn", True), ("reward_fn", False)):
+            if getattr(self, name) is not None:
+                check_transition_fn(getattr(self, name), name, self.observation_space, self.action_space, boolean)
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        super()._setup_model()
+        assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
+        obs_dim, action_dim = int(np.prod(self.observation_space.shape)), int(np.prod(self.action_space.shape))
+        self.dynamics = Ensemble(
+            obs_dim, action_dim, self.model_hidden_sizes, self.ensemble_size, self.num_elites, self.model_learning_rate
+        ).to(self.device)
+        self.termination_classifier = TerminationClassifier(obs_dim).to(self.device)
+        capacity = model_buffer_size(
+            self.model_retain_epochs,
+            self.model_train_freq,
+            self.rollout_batch_size,
+            rollout_length(self.rollout_schedule, self.lifetime_timesteps),
+        )
+        self.model_buffer = ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device)
+
+    @property
+    def mixed_buffer(self) -> MixedReplayBuffer:
+        """What gradient updates sample from. Made anew each time, as users may replace the replay buffer."""
+        assert self.replay_buffer is not None
+        return MixedReplayBuffer(self.replay_buffer, self.model_buffer, self.real_ratio, self.gamma)
+
+    @property
+    def lifetime_timesteps(self) -> int:
+        """Environment steps in the agent's life: ``num_timesteps`` without the resets of ``learn()``."""
+        return self._steps_before_reset + self.num_timesteps
+
+    @property
+    def is_warmed_up(self) -> bool:
+        """
+        Whether there is enough to learn from: the random warm-up is over, and the replay buffer can fill a batch
+        (it may be empty again after loading).
+        """
+        assert self.replay_buffer is not None
+        capacity = self.replay_buffer.buffer_size * self.n_envs
+        needed = min(self.learning_starts, self.batch_size, capacity)
+        return self.lifetime_timesteps > self.learning_starts and n_transitions(self.replay_buffer) >= needed
+
+    def learn(
+        self: SelfMBPO,
+        total_timesteps: int = 125_000,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "MBPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMBPO:
+        """
+        Return a trained model (paper, Algorithm 2).
+
+        :param total_timesteps: The total number of environment steps to train on; the default is the paper's for Hopper
+        :param callback: callback(s) called at every step with state of the algorithm.
+        :param log_interval: Number of episodes before logging
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging). Neither
+            the warm-up nor the rollout schedule starts again.
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        :raises ValueError: if the environment returns observations or rewards that are not finite
+        """
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None and isinstance(self.train_freq, TrainFreq)
+
+        # SB3's loop, but for the condition to learn: SB3's compares a step count that may have been reset
+        while self.num_timesteps < total_timesteps:
+            start, model_seconds = time.perf_counter(), self.seconds["model"] + self.seconds["rollouts"]
+            # At its end, the DynamicsCallback retrains the model and generates rollouts
+            rollout = self.collect_rollouts(
+                self.env,
+                callback=callback,
+                train_freq=self.train_freq,
+                replay_buffer=self.replay_buffer,
+                action_noise=self.action_noise,
+                learning_starts=self.learning_starts - self._steps_before_reset,
+                log_interval=log_interval,
+            )
+            model_seconds = self.seconds["model"] + self.seconds["rollouts"] - model_seconds
+            self.seconds["env"] += time.perf_counter() - start - model_seconds
+            if not rollout.continue_training:
+                break
+            if self.is_warmed_up:
+                self.train(
+                    gradient_steps=self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps,
+                    batch_size=self.batch_size,
+                )
+
+        callback.on_training_end()
+        return self
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Do gradient updates on batches of the mixed buffer.
+
+        :param gradient_steps: Number of updates, may be 0
+        :param batch_size: Transitions in each batch
+        """
+        if gradient_steps == 0:
+            return
+        start = time.perf_counter()
+        replay_buffer = self.replay_buffer
+        # What SAC samples from
+        self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
+        try:
+            super().train(gradient_steps, batch_size)
+        finally:
+            self.replay_buffer = replay_buffer
+        self.seconds["updates"] += time.perf_counter() - start
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps:
+            self._steps_before_reset += self.num_timesteps
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if isinstance(callback, list):
+            callbacks = callback
+        else:
+            callbacks = [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
+        dynamics_callback = DynamicsCallback(self.verbose)
+        # A new list: the user may use theirs again
+        callback = super()._init_callback([dynamics_callback, *callbacks], progress_bar)
+        dynamics_callback.progress_bars = progress_bars(callback)
+        return callback
+
+    def dump_logs(self) -> None:
+        """
+        Write log data.
+        """
+        for name, seconds in self.seconds.items():
+            self.logger.record(f"time/{name}_seconds", seconds)
+        assert self.replay_buffer is not None
+        self.logger.record("model/real_buffer_size", n_transitions(self.replay_buffer))
+        self.logger.record("model/model_buffer_size", self.model_buffer.size())
+        super().dump_logs()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "model_buffer", "seconds"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        modules = ["dynamics", "termination_classifier"]
+        return [*state_dicts, *modules, *(f"{name}.optimizer" for name in modules)], variables

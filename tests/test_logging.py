@@ -1,0 +1,97 @@
+"""What a user sees of a training."""
+
+import csv
+
+import numpy as np
+import pytest
+from stable_baselines3.common.logger import configure
+
+from tests.agents import make_agent
+from tests.envs import CountingEnv
+
+KEYS = {
+    *("model/train_loss", "model/holdout_mse", "model/epochs", "model/termination_mismatch"),
+    *("model/rollout_length", "model/rollout_length_mean", "model/model_buffer_size", "model/real_buffer_size"),
+    *("time/env_seconds", "time/model_seconds", "time/rollouts_seconds", "time/updates_seconds"),
+}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    agent = make_agent(
+        CountingEnv(episode_length=30),
+        rollout_schedule=[0, 0, 4, 4],
+        termination_fn=lambda obs, action, next_obs: np.arange(len(obs)) % 2 == 0,
+    )
+    agent.set_logger(configure(str(tmp_path), ["csv"]))
+    agent.learn(120, log_interval=1)
+    with open(tmp_path / "progress.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_keys(rows):
+    assert KEYS <= set(rows[-1])
+    # SB3's logger cuts longer ones
+    assert all(len(key) <= 36 for key in KEYS)
+
+
+def test_numbers(rows):
+    # Rows at the ends of episodes: 30, 60 (warm-up), 90 and 120 (trained at 61 and 111)
+    assert [row["model/epochs"] for row in rows[:2]] == ["", ""]
+    for row, real, trainings in zip(rows[2:], (90, 120), (1, 2), strict=True):
+        # SB3 logs before the callback at the end of the step, hence the last complete training
+        assert float(row["model/real_buffer_size"]) == real
+        # 100 rollouts of which half end at each step: 100 + 50 + 25 + 12
+        assert float(row["model/rollout_length"]) == 4
+        assert float(row["model/rollout_length_mean"]) == pytest.approx(1.87, abs=0.02)
+        assert float(row["model/model_buffer_size"]) == pytest.approx(187 * trainings, abs=2)
+        assert float(row["model/epochs"]) >= 5 and float(row["model/holdout_mse"]) > 0
+        # The function calls every second row terminal, the environment none but one in thirty
+        assert float(row["model/termination_mismatch"]) == pytest.approx(0.5, abs=0.06)
+        assert np.isfinite(float(row["model/train_loss"]))
+    seconds = {key: [float(row[key]) for row in rows] for key in KEYS if key.endswith("seconds")}
+    for key, values in seconds.items():
+        assert values == sorted(values), key
+        assert values[-1] > 0, key
+    assert seconds["time/model_seconds"][1] == seconds["time/updates_seconds"][1] == 0
+
+
+def test_seconds_add_up():
+    agent = make_agent()
+    import time
+
+    start = time.perf_counter()
+    agent.learn(150)
+    assert 0.8 * (time.perf_counter() - start) < sum(agent.seconds.values()) < time.perf_counter() - start
+
+
+def test_stdout_and_tensorboard(tmp_path, capsys):
+    agent = make_agent(CountingEnv(), verbose=1, tensorboard_log=str(tmp_path))
+    agent.learn(80, log_interval=1)
+    printed = capsys.readouterr().out
+    assert "holdout_mse" in printed and "Termination of model rollouts: learned from the replay buffer" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["MBPO_1"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "MBPO_1"))
+    events.Reload()
+    assert KEYS <= set(events.Tags()["scalars"])
+
+
+def test_progress_bar_says_what_it_waits_for(monkeypatch):
+    from tqdm.rich import tqdm_rich
+
+    said = []
+    set_description = tqdm_rich.set_description
+
+    def watched(self, description=None, refresh=True):
+        said.append((self.n, description))
+        return set_description(self, description, refresh)
+
+    monkeypatch.setattr(tqdm_rich, "set_description", watched)
+    make_agent().learn(70, progress_bar=True)
+    assert said == [
+        *((61, "Training the dynamics model"), (61, "")),
+        *((61, "Generating model rollouts"), (61, "")),
+    ]
