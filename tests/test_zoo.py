@@ -1,0 +1,348 @@
+"""RL Zoo knows MBPO: registration, hyperparameters, search space, and its scripts from the command line."""
+
+import argparse
+import copy
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import rl_zoo3.exp_manager
+import yaml
+from optuna.distributions import CategoricalDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import ALGOS
+
+from sb3_mbpo import MBPO
+from sb3_mbpo.zoo.registration import hyperparams_file, register
+from sb3_mbpo.zoo.samplers import convert_mbpo_params, sample_mbpo_params
+
+ROOT = Path(__file__).parents[1]
+ZOO = Path(rl_zoo3.exp_manager.__file__).parent
+# A script of the zoo, in an interpreter that has run the start-up line of an installed sb3_mbpo
+AFTER_STARTUP = """
+import runpy, sys
+import sb3_mbpo.zoo.startup; sb3_mbpo.zoo.startup.install()
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+# The smallest model and the fewest updates that still do everything once
+TINY = [
+    *("learning_starts:60", "model_train_freq:50", "rollout_batch_size:200", "rollout_schedule:[0, 100, 1, 3]"),
+    *("gradient_steps:1", "batch_size:32", "model_hidden_sizes:[16, 16]", "ensemble_size:3", "num_elites:2"),
+    "policy_kwargs:dict(net_arch=[16, 16])",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    register()
+
+
+def start(*arguments: str | Path, cwd: Path, path: str | Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """
+    :param arguments: Arguments of a new interpreter
+    :param cwd: Working directory
+    :param path: Where ``sb3_mbpo`` is imported from
+    :param variables: Additional environment variables
+    :return: Exit code and output, errors included
+    """
+    python_path = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": python_path, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(*arguments: str | Path, cwd: Path, **variables: str) -> str:
+    """As ``start``, for what must succeed: the output only."""
+    result = start(*arguments, cwd=cwd, **variables)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def manager(tmp_path: Path, algo: str = "mbpo", env: str = "Pendulum-v1", **kwargs: Any) -> ExperimentManager:
+    """The zoo's manager of an experiment."""
+    return ExperimentManager(argparse.Namespace(), algo, env, str(tmp_path / "logs"), **kwargs)
+
+
+def test_register_twice_as_once() -> None:
+    reads_hyperparams = ExperimentManager.read_hyperparameters
+    register()
+    assert ExperimentManager.read_hyperparameters is reads_hyperparams
+    assert ALGOS["mbpo"] is MBPO
+    assert HYPERPARAMS_SAMPLER["mbpo"] is sample_mbpo_params
+    assert HYPERPARAMS_CONVERTER["mbpo"] is convert_mbpo_params
+
+
+def test_register_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGOS, "mbpo", ALGOS["sac"])
+    register()
+    assert ALGOS["mbpo"] is ALGOS["sac"]
+
+
+def test_packaged_hyperparams_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = manager(tmp_path)
+    hyperparams, _ = experiment.read_hyperparameters()
+    assert experiment.config == str(hyperparams_file()) and hyperparams["policy"] == "MlpPolicy"
+
+
+@pytest.mark.parametrize("env, obs_dim", [("Ant-v5", 27), ("Humanoid-v5", 45), ("Hopper-v5", 11)])
+def test_trains_and_evaluates_in_the_same_environment(env: str, obs_dim: int, tmp_path: Path) -> None:
+    experiment = manager(tmp_path, env=env, hyperparams={"buffer_size": 1_000})
+    model, _ = experiment.setup_experiment() or (None, None)
+    assert model is not None
+    for vec_env in (model.get_env(), experiment.create_envs(1, eval_env=True)):
+        assert vec_env is not None and vec_env.observation_space.shape == (obs_dim,)
+
+
+def test_env_kwargs_of_the_command_line_win(tmp_path: Path) -> None:
+    only = {"include_cinert_in_observation": False}
+    experiment = manager(tmp_path, env="Humanoid-v5", env_kwargs=only)
+    experiment.read_hyperparameters()
+    assert experiment.eval_env_kwargs == only
+    experiment = manager(tmp_path, env="Humanoid-v5", eval_env_kwargs=only)
+    experiment.read_hyperparameters()
+    assert experiment.eval_env_kwargs == only
+
+
+@pytest.mark.parametrize("env", list(yaml.safe_load(hyperparams_file().read_text())))
+def test_tuned_hyperparams_are_accepted(env: str, tmp_path: Path) -> None:
+    if env == "default":
+        env = "Reacher-v5"
+    model, _ = manager(tmp_path, env=env, hyperparams={"buffer_size": 1_000}).setup_experiment() or (None, None)
+    assert isinstance(model, MBPO)
+
+
+def test_own_config_wins(tmp_path: Path) -> None:
+    config = tmp_path / "own.yml"
+    config.write_text("Pendulum-v1:\n  policy: MlpPolicy\n  n_timesteps: 7\n")
+    hyperparams, _ = manager(tmp_path, config=str(config)).read_hyperparameters()
+    assert hyperparams == {"policy": "MlpPolicy", "n_timesteps": 7}
+
+
+@pytest.mark.parametrize("name", ["missing.yml", "mbpo.yml"])
+def test_missing_own_config_fails(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        manager(tmp_path, config=str(tmp_path / name)).read_hyperparameters()
+    assert error.value.filename == str(tmp_path / name)
+
+
+def test_other_algorithms_keep_their_hyperparams(tmp_path: Path) -> None:
+    experiment = manager(tmp_path, algo="sac")
+    experiment.read_hyperparameters()
+    assert experiment.config == str(ZOO / "hyperparams/sac.yml")
+    with pytest.raises(FileNotFoundError):
+        manager(tmp_path, algo="unknown").read_hyperparameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_own_file", [True, False])
+@pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "package"])
+def test_zoo_with_its_own_hyperparams(checkout: bool, has_own_file: bool, tmp_path: Path) -> None:
+    """Both layouts of the zoo; should it bring an ``mbpo.yml`` one day, that one is used."""
+    shutil.copytree(ZOO, tmp_path / "rl_zoo3", ignore=shutil.ignore_patterns("__pycache__"))
+    hyperparams = tmp_path / "rl_zoo3/hyperparams"
+    if checkout:
+        hyperparams = hyperparams.rename(tmp_path / "hyperparams")
+    own_file = hyperparams / "mbpo.yml"
+    if has_own_file:
+        own_file.write_text("default:\n  n_timesteps: 7\n")
+    code = f"""
+import argparse
+from sb3_mbpo.zoo.registration import register; register()
+from rl_zoo3.exp_manager import ExperimentManager
+experiment = ExperimentManager(argparse.Namespace(), "mbpo", "Pendulum-v1", "logs")
+experiment.read_hyperparameters()
+assert experiment.config == {str(own_file if has_own_file else hyperparams_file())!r}, experiment.config
+"""
+    run("-c", code, cwd=tmp_path, path=os.pathsep.join([str(tmp_path), str(ROOT)]))
+
+
+def accepted_by_mbpo(hyperparams: dict[str, Any]) -> bool:
+    """Whether the constructor takes these arguments, and a zip and a YAML give them back unchanged."""
+    inspect.signature(MBPO).bind("MlpPolicy", "Pendulum-v1", **hyperparams)
+    start_step, end_step, k_min, k_max = hyperparams["rollout_schedule"]
+    assert 0 <= start_step <= end_step and k_min == 1 and 1 <= k_max <= 25
+    assert int(hyperparams["batch_size"] * hyperparams["real_ratio"]) >= 1
+    assert 0.9 < hyperparams["gamma"] < 1 and hyperparams["target_entropy"] < 0
+    return bool(json.loads(json.dumps(hyperparams)) == hyperparams)
+
+
+def test_samples_are_rebuilt_from_the_trial() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize")
+    for _ in range(100):
+        sampled = sample_mbpo_params(study.ask(), n_actions=3, n_envs=1, additional_args={})
+        params = study.trials[-1].params
+        assert all(isinstance(value, int | float | str) for value in params.values())
+        assert convert_mbpo_params(params) == sampled
+        assert accepted_by_mbpo(sampled)
+
+
+def test_converter_changes_neither_trial_nor_choices() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    sampled = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={})
+    params = study.trials[0].params
+    before = copy.deepcopy((params, sampled))
+    convert_mbpo_params(params)["policy_kwargs"]["net_arch"].append(1)
+    assert (params, convert_mbpo_params(params)) == before
+
+
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_ends_of_the_search_space(end: str) -> None:
+    study = optuna.create_study()
+    sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={})
+    extreme = {
+        name: choices.choices[0 if end == "low" else -1]
+        if isinstance(choices, CategoricalDistribution)
+        else getattr(choices, end)
+        for name, choices in study.trials[0].distributions.items()
+    }
+    study.enqueue_trial(extreme)
+    hyperparams = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={})
+    assert study.trials[1].params == extreme
+    assert accepted_by_mbpo(hyperparams)
+    model = MBPO("MlpPolicy", "Pendulum-v1", buffer_size=1_000, **hyperparams)
+    for name, value in hyperparams.items():
+        assert getattr(model, name) == value
+
+
+def test_trial_of_a_study_is_loaded(tmp_path: Path) -> None:
+    storage = str(tmp_path / "study.log")
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(storage)), study_name="mbpo", sampler=optuna.samplers.RandomSampler(seed=0)
+    )
+    sampled = [sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={}) for _ in range(2)]
+    hyperparams, _ = manager(tmp_path, storage=storage, study_name="mbpo", trial_id=1).read_hyperparameters()
+    assert hyperparams | sampled[1] == hyperparams and sampled[0] != sampled[1]
+
+
+def test_startup_is_light(tmp_path: Path) -> None:
+    code = """
+import os, sys
+before = set(sys.modules)
+import sb3_mbpo.zoo.startup; sb3_mbpo.zoo.startup.install(); sb3_mbpo.zoo.startup.install()
+print(*sorted(set(sys.modules) - before))
+print(*(type(finder).__name__ for finder in sys.meta_path))
+"""
+    modules, finders = run("-S", "-c", code, cwd=tmp_path).splitlines()
+    assert modules == "sb3_mbpo sb3_mbpo.zoo sb3_mbpo.zoo.startup"
+    assert finders.split().count("ZooFinder") == 1
+    modules, finders = run("-S", "-c", code, cwd=tmp_path, SB3_MBPO_NO_ZOO="1").splitlines()
+    assert "ZooFinder" not in finders
+    assert "ZooFinder" in run("-S", "-c", code, cwd=tmp_path, SB3_MBPO_NO_ZOO="")
+
+
+def test_zoo_after_startup(tmp_path: Path) -> None:
+    arguments = ("-c", AFTER_STARTUP, "rl_zoo3.train", "--help")
+    assert "ppo_lstm,mbpo}" in run(*arguments, cwd=tmp_path)
+    assert "mbpo" not in run(*arguments, cwd=tmp_path, SB3_MBPO_NO_ZOO="1")
+
+
+def test_reloaded_zoo(tmp_path: Path) -> None:
+    code = """
+import sb3_mbpo.zoo.startup; sb3_mbpo.zoo.startup.install()
+import importlib, rl_zoo3.utils, rl_zoo3.hyperparams_opt, rl_zoo3.exp_manager as exp_manager
+for module in (rl_zoo3.utils, rl_zoo3.hyperparams_opt, exp_manager):
+    importlib.reload(module)
+assert "mbpo" in rl_zoo3.utils.ALGOS and "mbpo" in rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER
+assert exp_manager.ExperimentManager.read_hyperparameters.__module__ == "sb3_mbpo.zoo.registration"
+"""
+    run("-W", "error::UserWarning", "-c", code, cwd=tmp_path)
+
+
+def test_broken_mbpo_is_warned_of_and_left_out(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "sb3_mbpo", tmp_path / "sb3_mbpo", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "sb3_mbpo/mbpo.py").write_text("raise RuntimeError('no such luck')")
+    output = run("-c", AFTER_STARTUP, "rl_zoo3.train", "--help", cwd=tmp_path, path=str(tmp_path))
+    assert "ppo_lstm}" in output and "mbpo}" not in output
+    assert output.count("UserWarning: sb3_mbpo could not register MBPO with rl_zoo3.utils") == 1
+    assert "RuntimeError('no such luck')" in output and "SB3_MBPO_NO_ZOO" in output
+    # whoever names sb3_mbpo is told
+    result = start("-m", "sb3_mbpo.zoo", "train", "--help", cwd=tmp_path, path=tmp_path)
+    assert result.returncode == 1 and "RuntimeError: no such luck" in result.stdout.splitlines()[-1]
+
+
+def test_broken_zoo_fails_as_without_mbpo(tmp_path: Path) -> None:
+    (tmp_path / "rl_zoo3").mkdir()
+    (tmp_path / "rl_zoo3/__init__.py").touch()
+    (tmp_path / "rl_zoo3/train.py").write_text("import rl_zoo3.utils")
+    result = start("-c", AFTER_STARTUP, "rl_zoo3.train", cwd=tmp_path)
+    assert result.stdout.splitlines()[-1] == "ModuleNotFoundError: No module named 'rl_zoo3.utils'"
+    (tmp_path / "rl_zoo3/utils.py").write_text("raise RuntimeError('no such luck')")
+    result = start("-c", AFTER_STARTUP, "rl_zoo3.train", cwd=tmp_path)
+    assert result.stdout.splitlines()[-1] == "RuntimeError: no such luck"
+    assert result.returncode == 1 and "could not register" not in result.stdout
+
+
+def test_main_says_what_it_needs(tmp_path: Path) -> None:
+    for arguments in ([], ["no_such_script"]):
+        result = start("-m", "sb3_mbpo.zoo", *arguments, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stdout.startswith("usage: python -m sb3_mbpo.zoo script [arguments of the script]")
+    assert "'no_such_script'" in result.stdout and "record_video" in result.stdout
+    assert "--algo mbpo" in run("-m", "sb3_mbpo.zoo", "--help", cwd=tmp_path)
+    without_site_packages = start("-S", "-m", "sb3_mbpo.zoo", "train", cwd=tmp_path)
+    assert without_site_packages.returncode == 1
+    assert without_site_packages.stdout.strip().endswith('pip install "sb3-mbpo[zoo]"')
+
+
+@pytest.mark.slow
+def test_train_continue_enjoy(tmp_path: Path) -> None:
+    options = ["--algo", "mbpo", "--env", "InvertedPendulum-v5", "-f", "logs", "--device", "cpu", "--num-threads", "1"]
+    train = [*options, "-n", "150", "--eval-freq", "75", "--eval-episodes", "1", "--log-interval", "1", "--seed", "1"]
+    first = run(
+        *("-m", "sb3_mbpo.zoo", "train", *train, "--save-freq", "100", "--save-replay-buffer", "-params", *TINY), cwd=tmp_path
+    )
+    assert f"Loading hyperparameters from: {hyperparams_file()}" in first and "holdout_mse" in first
+    folder = tmp_path / "logs/mbpo/InvertedPendulum-v5_1"
+    made = {"InvertedPendulum-v5.zip", "best_model.zip", "rl_model_100_steps.zip", "replay_buffer.pkl", "evaluations.npz"}
+    assert made <= {path.name for path in folder.iterdir()}
+    model = MBPO.load(folder / "InvertedPendulum-v5.zip")
+    assert model.num_timesteps == 150 and list(model.rollout_schedule) == [0, 100, 1, 3]
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [75, 150]
+
+    trained_agent = ["-i", str(folder / "InvertedPendulum-v5.zip")]
+    second = run("-c", AFTER_STARTUP, "rl_zoo3.train", *train, *trained_agent, "-params", *TINY, cwd=tmp_path)
+    assert "Loading replay buffer" in second and "holdout_mse" in second
+    assert (tmp_path / "logs/mbpo/InvertedPendulum-v5_2/InvertedPendulum-v5.zip").is_file()
+
+    for which in ([], ["--load-best"], ["--load-checkpoint", "100", "--exp-id", "1"]):
+        enjoy = ["rl_zoo3.enjoy", *options, "-n", "30", "--no-render", *which]
+        assert "Loading" in run("-c", AFTER_STARTUP, *enjoy, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_optimize(tmp_path: Path) -> None:
+    cheap = ["learning_starts:30", "rollout_batch_size:50", "ensemble_size:2", "num_elites:1"]
+    options = ["--algo", "mbpo", "--env", "Pendulum-v1", "-f", "logs", "--device", "cpu", "--num-threads", "1", "--seed", "1"]
+    search = ["-n", "60", "--optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    storage = ["--storage", "study.log", "--study-name", "mbpo"]
+    output = run("-m", "sb3_mbpo.zoo", "train", *options, *search, *storage, "-params", *cheap, cwd=tmp_path)
+    assert "Number of finished trials:  2" in output and "rollout_schedule" in output
+    assert len(list((tmp_path / "logs/mbpo").glob("report_*.csv"))) == 1
+
+    from_trial = ["-n", "60", "--trial-id", "1", *storage]
+    run("-m", "sb3_mbpo.zoo", "train", *options, *from_trial, "-params", *cheap, cwd=tmp_path)
+    journal = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
+    params = optuna.load_study(study_name="mbpo", storage=journal).trials[1].params
+    model = MBPO.load(tmp_path / "logs/mbpo/Pendulum-v1_2/Pendulum-v1.zip")
+    hyperparams = convert_mbpo_params(params)
+    assert model.lr_schedule(1.0) == hyperparams.pop("learning_rate")  # the zoo makes a schedule of it
+    assert model.policy_kwargs["net_arch"] == hyperparams.pop("policy_kwargs")["net_arch"]
+    for name, value in hyperparams.items():
+        assert getattr(model, name) == value
