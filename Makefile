@@ -27,7 +27,7 @@ check-codestyle:
 commit-checks: format type lint
 
 doc:
-	cd docs && make html
+	python -m sphinx -W -b html docs docs/_build/html
 
 clean:
 	rm -rf build dist *.egg-info docs/_build .coverage htmlcov .mypy_cache .pytest_cache .ruff_cache

@@ -64,7 +64,7 @@ setup(
     extras_require={
         "zoo": ZOO,
         "demo": ["gymnasium[mujoco]", "matplotlib", "tqdm", "rich"],
-        "docs": ["sphinx", "sphinx-rtd-theme", "sphinx-copybutton", "myst-parser"],
+        "docs": ["sphinx", "sphinx-rtd-theme"],
         "tests": [
             *ZOO,
             "matplotlib",

@@ -18,6 +18,32 @@ def n_transitions(replay_buffer: ReplayBuffer) -> int:
     return replay_buffer.size() * replay_buffer.n_envs
 
 
+def max_transitions(replay_buffer: ReplayBuffer) -> int:
+    """
+    :param replay_buffer: SB3's buffer, whose ``buffer_size`` counts rows of ``n_envs`` transitions
+    :return: Number of real transitions that it can hold
+    """
+    return replay_buffer.buffer_size * replay_buffer.n_envs
+
+
+def check_finite(replay_buffer: ReplayBuffer) -> None:
+    """
+    :param replay_buffer: SB3's replay buffer or any subclass of it
+    :raises ValueError: if an observation, action or reward in it is not finite; the message names the first
+    """
+    for name in ("observations", "next_observations", "actions", "rewards"):
+        if replay_buffer.optimize_memory_usage and name == "next_observations":
+            continue
+        rows = getattr(replay_buffer, name)[: replay_buffer.size()]
+        finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+        if not finite.all():
+            row = int(finite.argmin())
+            raise ValueError(
+                f"The {name} of `replay_buffer` must be finite numbers, but those in row {row} are {rows[row]}. "
+                "Remove such transitions before you load the buffer."
+            )
+
+
 def real_transitions(replay_buffer: ReplayBuffer, device: th.device | str = "cpu") -> Transitions:
     """
     All one-step transitions of a replay buffer, in raw units. Truncated ones are included (SB3 stores the true last
@@ -42,8 +68,8 @@ def real_transitions(replay_buffer: ReplayBuffer, device: th.device | str = "cpu
     terminated = replay_buffer.dones[steps] * (1 - replay_buffer.timeouts[steps]) > 0
 
     def tensor(array: np.ndarray) -> th.Tensor:
-        rows = array[valid]
-        return th.as_tensor(rows.reshape(len(rows), -1), dtype=th.float32, device=device)
+        width = int(np.prod(array.shape[2:]))
+        return th.as_tensor(array[valid].reshape(-1, width), dtype=th.float32, device=device)
 
     return Transitions(
         obs=tensor(replay_buffer.observations[steps]),
@@ -162,12 +188,6 @@ class MixedReplayBuffer:
         self.model_buffer = model_buffer
         self.real_ratio = real_ratio
         self.gamma = gamma
-
-    def size(self) -> int:
-        """
-        :return: Number of transitions to sample from, real and generated
-        """
-        return n_transitions(self.replay_buffer) + self.model_buffer.size()
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """

@@ -9,10 +9,11 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 
-from sb3_mbpo.buffers import model_buffer_size, n_transitions, real_transitions
+from sb3_mbpo.buffers import max_transitions, model_buffer_size, n_transitions, real_transitions
 from sb3_mbpo.dynamics.rollouts import Transitions, rollout
-from sb3_mbpo.dynamics.termination import TransitionFn, apply_transition_fn, derive_termination_fn
+from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
 from sb3_mbpo.schedules import rollout_length
 
 if TYPE_CHECKING:
@@ -47,10 +48,15 @@ class DynamicsCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         agent = self.model
+        if agent.real_ratio == 1:
+            return
         # At every `learn()`, because `set_env` may have brought another environment
-        self.termination_fn = agent.termination_fn
-        if self.termination_fn is None:
-            self.termination_fn = derive_termination_fn(self.training_env)
+        self.termination_fn = agent.termination_fn or derive_termination_fn(self.training_env)
+        if self.termination_fn is None and agent.optimize_memory_usage:
+            raise ValueError(
+                "`optimize_memory_usage=True` loses the transitions that end episodes, so that the termination condition of "
+                "this environment cannot be learned. Pass `termination_fn`, or leave `optimize_memory_usage` at False."
+            )
         if self.verbose >= 1:
             if agent.termination_fn is not None:
                 source = "given by the user"
@@ -62,14 +68,17 @@ class DynamicsCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         # Here, before the transition is stored
-        observations = [self.locals["new_obs"], *(info.get("terminal_observation", 0.0) for info in self.locals["infos"])]
-        for name, values in (("observation", observations), ("reward", [self.locals["rewards"]])):
+        new_obs, rewards = self.locals["new_obs"], self.locals["rewards"]
+        if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
+            # Normalised values are clipped: an infinity would not show
+            new_obs, rewards = vec_normalize.get_original_obs(), vec_normalize.get_original_reward()
+        last_obs = [info["terminal_observation"] for info in self.locals["infos"] if "terminal_observation" in info]
+        for name, values in (("Observations", [new_obs, *last_obs]), ("Rewards", [rewards])):
             for value in values:
                 if not np.isfinite(value).all():
                     raise ValueError(
-                        f"The environment returned a {name} that is not finite at step {self.num_timesteps}: {value}. "
-                        f"Every {name} must be a finite number; check the environment's `step()` with "
-                        "`stable_baselines3.common.vec_env.VecCheckNan`."
+                        f"{name} must be finite numbers, but at step {self.num_timesteps} the environment returned {value}. "
+                        "Check its `step()`, for instance with `stable_baselines3.common.vec_env.VecCheckNan`."
                     )
         return True
 
@@ -78,17 +87,18 @@ class DynamicsCallback(BaseCallback):
         if agent.real_ratio == 1 or not agent.is_warmed_up:
             return
         assert agent.replay_buffer is not None
-        n_real = n_transitions(agent.replay_buffer)
-        since_training = agent.lifetime_timesteps - agent.last_model_training
         # After loading without the replay buffer, too few transitions would spoil the loaded model
-        enough = n_real >= max(2, min(agent.learning_starts, agent.replay_buffer.buffer_size * agent.n_envs))
-        retrain = enough and (not agent.dynamics.is_fitted or since_training >= agent.model_train_freq)
-        refill = agent.dynamics.is_fitted and agent.model_buffer.size() == 0
-        if retrain or refill:
+        enough = n_transitions(agent.replay_buffer) >= max(2, min(agent.learning_starts, max_transitions(agent.replay_buffer)))
+        is_fitted, now = agent.dynamics.is_fitted, agent.lifetime_timesteps
+        retrain = enough and (not is_fitted or now - agent.last_model_training >= agent.model_train_freq)
+        refresh = is_fitted and (agent.model_buffer.size() == 0 or now - agent.last_rollouts >= agent.model_train_freq)
+        if retrain or refresh:
             transitions = real_transitions(agent.replay_buffer, agent.device)
             if retrain:
                 self._train_model(transitions)
+                agent.last_model_training = now
             self._generate_rollouts(transitions)
+            agent.last_rollouts = now
 
     def _train_model(self, transitions: Transitions) -> None:
         agent = self.model
@@ -98,7 +108,6 @@ class DynamicsCallback(BaseCallback):
             if self.termination_fn is None:
                 agent.termination_classifier.fit(next_obs, terminated)
             mismatch = (self._termination(obs, actions, next_obs) != terminated).float().mean().item()
-        agent.last_model_training = agent.lifetime_timesteps
         self.logger.record("model/train_loss", result.train_loss)
         self.logger.record("model/holdout_mse", result.holdout_mse)
         self.logger.record("model/epochs", result.epochs)
@@ -111,7 +120,6 @@ class DynamicsCallback(BaseCallback):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
             )
-            agent.policy.set_training_mode(False)
             start = transitions.obs[th.randint(len(transitions.obs), (agent.rollout_batch_size,), device=agent.device)]
             reward = None if agent.reward_fn is None else self._reward
             n_generated = 0
@@ -155,7 +163,8 @@ class DynamicsCallback(BaseCallback):
             next_obs.cpu().numpy().reshape(-1, *obs_shape),
             boolean,
         )
-        return th.as_tensor(values, device=agent.device)
+        # A copy, as the user's array may be read-only
+        return th.tensor(values, device=agent.device)
 
     @contextmanager
     def _timed(self, what: str, description: str) -> Iterator[None]:

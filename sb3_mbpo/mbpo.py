@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -14,13 +15,22 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import MlpPolicy, SACPolicy
 
-from sb3_mbpo.buffers import MixedReplayBuffer, ModelReplayBuffer, model_buffer_size, n_transitions
+from sb3_mbpo.buffers import (
+    MixedReplayBuffer,
+    ModelReplayBuffer,
+    check_finite,
+    max_transitions,
+    model_buffer_size,
+    n_transitions,
+)
 from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.termination import RewardFn, TerminationClassifier, TerminationFn, check_transition_fn
-from sb3_mbpo.schedules import check_rollout_schedule, rollout_length
+from sb3_mbpo.dynamics.termination import TerminationClassifier
+from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
+from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, rollout_length
 
 __all__ = ["MBPO", "MlpPolicy", "UnsupportedSpaceError"]
 
@@ -37,31 +47,32 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
     :param action_space: The environment's
     :raises UnsupportedSpaceError: (a ``ValueError``) unless both are boxes of floats and the actions are bounded
     """
-    allowed = "MBPO supports Box observations of floats, of any shape"
-    if isinstance(observation_space, spaces.Dict | spaces.Tuple):
-        raise UnsupportedSpaceError(
-            f"`env` has the observation space {observation_space}. {allowed}: wrap the environment with "
-            "`gymnasium.wrappers.FlattenObservation`."
-        )
+    allowed = "MBPO supports Box observations of floats, of any shape but ()"
+    as_floats = "gymnasium.wrappers.DtypeObservation(env, np.float32)"
     if not isinstance(observation_space, spaces.Box):
         raise UnsupportedSpaceError(
-            f"`env` has the observation space {observation_space}. {allowed}: turn it into one with "
-            "`gymnasium.wrappers.FlattenObservation` (one-hot) or `gymnasium.wrappers.TransformObservation`."
+            f"`env` has the observation space {observation_space}. {allowed}: wrap the environment with "
+            f"`gymnasium.wrappers.FlattenObservation(env)`, and if that gives whole numbers with `{as_floats}`."
         )
     if not np.issubdtype(observation_space.dtype, np.floating):
         raise UnsupportedSpaceError(
-            f"`env` has the observation space {observation_space}. {allowed}: convert them with "
-            "`gymnasium.wrappers.DtypeObservation(env, np.float32)`. The model is not made for images."
+            f"`env` has the observation space {observation_space}. {allowed}: convert them with `{as_floats}`. "
+            "The model is not made for images."
         )
-    if not isinstance(action_space, spaces.Box):
+    if observation_space.shape == ():
         raise UnsupportedSpaceError(
-            f"`env` has the action space {action_space}. The algorithm only supports Box as action space; "
+            f"`env` has the observation space {observation_space}. {allowed}: wrap the environment with "
+            "`gymnasium.wrappers.ReshapeObservation(env, (1,))`."
+        )
+    if not isinstance(action_space, spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
+        raise UnsupportedSpaceError(
+            f"`env` has the action space {action_space}. The algorithm only supports Box actions of floats; "
             "for discrete actions see SB3's DQN."
         )
     if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
         raise UnsupportedSpaceError(
             f"`env` has the action space {action_space}. Continuous action space must have a finite lower and upper bound: "
-            "wrap the environment with `gymnasium.wrappers.RescaleAction`."
+            "give it one with `gymnasium.wrappers.TransformAction(env, lambda action: action, spaces.Box(low, high))`."
         )
 
 
@@ -175,11 +186,13 @@ class MBPO(SAC):
         rollout_schedule: Sequence[int] = (20_000, 100_000, 1, 15),
         model_retain_epochs: int = 1,
         real_ratio: float = 0.05,
-        termination_fn: TerminationFn | None = None,
-        reward_fn: RewardFn | None = None,
+        termination_fn: TransitionFn | None = None,
+        reward_fn: TransitionFn | None = None,
     ) -> None:
         if env is not None:
             env = maybe_make_env(env, verbose)
+            if not isinstance(env, gym.Env | VecEnv):
+                raise ValueError(f"`env` must be a Gymnasium environment, its id, or a VecEnv, not {env!r}")
             check_spaces(env.observation_space, env.action_space)
         super().__init__(
             policy,
@@ -226,6 +239,7 @@ class MBPO(SAC):
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
         self.last_model_training = 0
+        self.last_rollouts = 0
         # Since the start of `learn()`
         self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates"), 0.0)
 
@@ -238,26 +252,22 @@ class MBPO(SAC):
         """
         for name in ("ensemble_size", "num_elites", "model_train_freq", "rollout_batch_size", "model_retain_epochs"):
             value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            if not is_whole_number(value) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number, 1 or more, not {value!r}")
         if self.num_elites > self.ensemble_size:
             raise ValueError(
                 f"`num_elites` must not be larger than `ensemble_size` ({self.ensemble_size}), but is {self.num_elites}"
             )
         sizes = self.model_hidden_sizes
-        if (
-            not isinstance(sizes, Sequence)
-            or isinstance(sizes, str)
-            or len(sizes) == 0
-            or not all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
-        ):
-            raise ValueError(f"`model_hidden_sizes` must be a list of whole numbers, 1 or more, not {sizes!r}")
-        for name, (low, high), allowed in (
-            ("model_learning_rate", (np.nextafter(0, 1), np.finfo(float).max), "a finite number above 0"),
-            ("real_ratio", (0, 1), "a number from 0 (no real transitions in a batch) to 1 (no model)"),
+        if not isinstance(sizes, list | tuple) or not sizes or not all(is_whole_number(size) and size > 0 for size in sizes):
+            raise ValueError(f"`model_hidden_sizes` must be a list or tuple of whole numbers, 1 or more, not {sizes!r}")
+        for name, allowed in (
+            ("model_learning_rate", "a finite number above 0"),
+            ("real_ratio", "a number from 0 (no real transitions in a batch) to 1 (no model)"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not low <= value <= high:
+            is_valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not is_valid or not (0 <= value <= 1 if name == "real_ratio" else 0 < value < np.inf):
                 raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
         check_rollout_schedule(self.rollout_schedule)
         assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
@@ -300,8 +310,7 @@ class MBPO(SAC):
         (it may be empty again after loading).
         """
         assert self.replay_buffer is not None
-        capacity = self.replay_buffer.buffer_size * self.n_envs
-        needed = min(self.learning_starts, self.batch_size, capacity)
+        needed = min(self.learning_starts, self.batch_size, max_transitions(self.replay_buffer))
         return self.lifetime_timesteps > self.learning_starts and n_transitions(self.replay_buffer) >= needed
 
     def learn(
@@ -385,10 +394,16 @@ class MBPO(SAC):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        # Attributes may have been changed, and a replay buffer may have been loaded, since they were checked
+        self._check_arguments()
+        assert self.replay_buffer is not None
+        check_finite(self.replay_buffer)
+        steps = self.num_timesteps
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if reset_num_timesteps:
-            self._steps_before_reset += self.num_timesteps
+            self._steps_before_reset += steps
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        return result
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if isinstance(callback, list):

@@ -1,5 +1,6 @@
 """Quantities of the algorithm as functions of the number of environment steps."""
 
+import numbers
 from collections.abc import Sequence
 
 
@@ -22,16 +23,26 @@ def rollout_length(schedule: Sequence[int], step: int) -> int:
     return k_min + (step - first_step) * (k_max - k_min) // (last_step - first_step)
 
 
+def is_whole_number(value: object) -> bool:
+    """
+    :param value: Anything
+    :return: Whether it is an integer, Python's or NumPy's, but not a bool
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_rollout_schedule(schedule: Sequence[int]) -> None:
     """
     :param schedule: What the user passed as ``rollout_schedule``
     :raises ValueError: if it is not four whole numbers with ``0 <= first_step <= last_step``
         and ``1 <= k_min <= k_max``
     """
-    allowed = "four whole numbers (first_step, last_step, k_min, k_max), 0 <= first_step <= last_step, 1 <= k_min <= k_max"
-    is_sequence = isinstance(schedule, Sequence) and not isinstance(schedule, str)
-    if not is_sequence or len(schedule) != 4 or not all(type(value) is int for value in schedule):
-        raise ValueError(f"`rollout_schedule` must be {allowed}, not {schedule!r}")
-    first_step, last_step, k_min, k_max = schedule
-    if not (0 <= first_step <= last_step and 1 <= k_min <= k_max):
-        raise ValueError(f"`rollout_schedule` must be {allowed}, not {schedule!r}")
+    is_valid = isinstance(schedule, list | tuple) and len(schedule) == 4 and all(map(is_whole_number, schedule))
+    if is_valid:
+        first_step, last_step, k_min, k_max = schedule
+        is_valid = 0 <= first_step <= last_step and 1 <= k_min <= k_max
+    if not is_valid:
+        raise ValueError(
+            "`rollout_schedule` must be a list or tuple of four whole numbers, (first_step, last_step, k_min, k_max) with "
+            f"0 <= first_step <= last_step and 1 <= k_min <= k_max, not {schedule!r}"
+        )

@@ -105,7 +105,6 @@ def test_every_batch_has_its_share_of_real_transitions(batch_size, real_ratio, n
         assert th.equal(batch.rewards, -batch.observations[:, 0])
         assert th.equal(batch.actions, batch.observations[:, 0].repeat(1, 3))
         assert batch.discounts is None
-    assert mixed.size() == 15
 
 
 def test_without_model_data_or_with_ratio_one_all_are_real():

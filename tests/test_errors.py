@@ -1,10 +1,14 @@
 """What a user may do wrong, and what they are told: which argument, what it was, what is allowed."""
 
+import re
+from copy import deepcopy
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
+from gymnasium import spaces, wrappers
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo import MBPO
 from tests.agents import make_agent
@@ -62,26 +66,43 @@ class SpacesEnv(gym.Env):
         self.observation_space, self.action_space = observation_space or box, action_space or box
 
 
+def as_floats(env):
+    return wrappers.DtypeObservation(env, np.float32)
+
+
 @pytest.mark.parametrize(
-    "space, help_",
+    "space, advised",
     [
-        (spaces.Dict(a=spaces.Box(-1, 1, (2,))), "FlattenObservation"),
-        (spaces.Tuple([spaces.Box(-1, 1, (2,))]), "FlattenObservation"),
-        (spaces.Discrete(5), "FlattenObservation"),
-        (spaces.MultiBinary(3), "FlattenObservation"),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), "DtypeObservation"),
-        (spaces.Box(-5, 5, (2,), np.int64), "DtypeObservation"),
+        (spaces.Dict(a=spaces.Box(-1, 1, (2,))), wrappers.FlattenObservation),
+        (spaces.Tuple([spaces.Box(-1, 1, (2,))]), wrappers.FlattenObservation),
+        (spaces.Discrete(5), lambda env: as_floats(wrappers.FlattenObservation(env))),
+        (spaces.MultiBinary(3), lambda env: as_floats(wrappers.FlattenObservation(env))),
+        (spaces.Box(0, 255, (36, 36, 3), np.uint8), as_floats),
+        (spaces.Box(-5, 5, (2,), np.int64), as_floats),
+        (spaces.Box(-1, 1, ()), lambda env: wrappers.ReshapeObservation(env, (1,))),
     ],
     ids=str,
 )
-def test_observation_spaces(space, help_):
+def test_observation_spaces(space, advised):
     with pytest.raises(ValueError, match="observation space") as error:
         MBPO("MlpPolicy", SpacesEnv(observation_space=space))
-    assert str(space) in str(error.value) and help_ in str(error.value) and "Box" in str(error.value)
+    message = str(error.value)
+    assert str(space) in message and "Box" in message
+    # The advice is good
+    assert all(name in message for name in set(re.findall(r"\w+Observation", repr(advised(SpacesEnv(space))))))
+    assert isinstance(MBPO("MlpPolicy", advised(SpacesEnv(observation_space=space)), buffer_size=10), MBPO)
 
 
 @pytest.mark.parametrize(
-    "space", [spaces.Discrete(5), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(3), spaces.Box(-np.inf, 1, (2,))], ids=str
+    "space",
+    [
+        spaces.Discrete(5),
+        spaces.MultiDiscrete([2, 2]),
+        spaces.MultiBinary(3),
+        spaces.Box(-5, 5, (2,), np.int64),
+        spaces.Box(-np.inf, 1, (2,)),
+    ],
+    ids=str,
 )
 def test_action_spaces(space):
     with pytest.raises(ValueError, match="action space") as error:
@@ -89,6 +110,37 @@ def test_action_spaces(space):
     assert str(space) in str(error.value)
     # As SB3's SAC has it
     assert isinstance(error.value, AssertionError)
+
+
+def test_advice_for_unbounded_actions():
+    env = SpacesEnv(action_space=spaces.Box(-np.inf, 1, (2,)))
+    with pytest.raises(ValueError, match="TransformAction"):
+        MBPO("MlpPolicy", env)
+    MBPO("MlpPolicy", wrappers.TransformAction(env, lambda action: action, spaces.Box(-1, 1, (2,))), buffer_size=10)
+
+
+@pytest.mark.parametrize("env", [3, object, [gym.Env]])
+def test_environment_of_another_type(env):
+    with pytest.raises(ValueError, match="`env` must be"):
+        MBPO("MlpPolicy", env)
+
+
+def test_arguments_that_were_changed_later():
+    schedule = [0, 10, 1, 1]
+    agent = make_agent(rollout_schedule=schedule)
+    schedule[2] = 0
+    with pytest.raises(ValueError, match="rollout_schedule"):
+        agent.learn(10)
+
+
+def test_memory_efficient_buffer_cannot_teach_terminations():
+    """It loses just those transitions. What is known or given need not be learned."""
+    kwargs = dict(optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False})
+    agent = make_agent(CountingEnv(), **kwargs)
+    with pytest.raises(ValueError, match=r"`optimize_memory_usage=True`.*`termination_fn`"):
+        agent.learn(10)
+    make_agent("Hopper-v5", **kwargs).learn(61)
+    make_agent(CountingEnv(), termination_fn=lambda obs, action, next_obs: next_obs[:, 0] >= 10, **kwargs).learn(61)
 
 
 @pytest.mark.parametrize("name, good", [("termination_fn", np.zeros(1, dtype=bool)), ("reward_fn", np.zeros(1))])
@@ -118,24 +170,36 @@ def test_user_functions_are_tried_before_training(name, good, bad):
 def test_non_finite_environment(where, value, at_step):
     """Caught at the step it happens, before it is stored; also in the last observation of an episode (step 10)."""
     agent = make_agent(FaultyEnv(where, value, at_step))
-    with pytest.raises(ValueError, match=rf"{where} that is not finite at step {at_step}"):
+    with pytest.raises(ValueError, match=rf"(?i){where}s must be finite numbers, but at step {at_step} .*{value}"):
         agent.learn(100)
     assert agent.replay_buffer.size() == at_step - 1
     for name, tensor in [*agent.policy.state_dict().items(), *agent.dynamics.state_dict().items()]:
         assert th.isfinite(tensor).all(), name
 
 
+@pytest.mark.parametrize("where", ["observation", "reward"])
+@pytest.mark.parametrize("training", [True, False])
+def test_non_finite_environment_under_vec_normalize(where, training):
+    """Which clips: an infinity comes out as 10."""
+    env = VecNormalize(DummyVecEnv([lambda: FaultyEnv(where, np.inf, 25)]), training=training)
+    agent = make_agent(env)
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"at step 25 .*inf"):
+        agent.learn(100)
+
+
 @pytest.mark.parametrize("array", ["observations", "next_observations", "rewards", "actions"])
-def test_non_finite_replay_buffer(array, tmp_path):
+@pytest.mark.parametrize("real_ratio", [0.05, 0.5, 1.0])
+def test_non_finite_replay_buffer(array, real_ratio, tmp_path):
     """A buffer that was loaded has not been checked by anybody."""
-    agent = make_agent().learn(120)
+    agent = make_agent(real_ratio=real_ratio).learn(70)
     agent.save_replay_buffer(tmp_path / "buffer.pkl")
     agent.load_replay_buffer(tmp_path / "buffer.pkl")
     getattr(agent.replay_buffer, array)[7] = np.nan
-    before = {name: tensor.clone() for name, tensor in agent.dynamics.state_dict().items()}
-    with pytest.raises(ValueError, match="transition 7 are not finite"):
+    before = deepcopy([agent.dynamics.state_dict(), agent.policy.state_dict()])
+    with pytest.raises(ValueError, match=rf"The {array} of `replay_buffer` must be finite.* row 7 are .*nan"):
         agent.learn(60, reset_num_timesteps=False)
-    assert all(th.equal(tensor, before[name]) for name, tensor in agent.dynamics.state_dict().items())
+    for state, module in zip(before, (agent.dynamics, agent.policy), strict=True):
+        assert all(th.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
 
 
 def test_function_that_fails_later_is_an_error_too():

@@ -1,6 +1,7 @@
 """The algorithm as a whole: what happens when, and with which data."""
 
 import inspect
+import warnings
 from copy import deepcopy
 from itertools import pairwise
 
@@ -145,19 +146,53 @@ def test_rollouts_start_at_real_states_and_follow_the_stochastic_policy():
 def test_model_learns_raw_units_under_vec_normalize():
     """The policy sees normalised states, the model and its buffer raw ones."""
     env = VecNormalize(DummyVecEnv([lambda: CountingEnv(episode_length=50, truncate=True)]))
-    seen = []
-    agent = make_agent(env, rollout_batch_size=500, learning_starts=100, termination_fn=lambda o, a, n: n[:, 0] > 1e9)
+    seen, given = [], []
+
+    def termination_fn(obs, action, next_obs):
+        given.append((obs, next_obs))
+        return np.zeros(len(obs), dtype=bool)
+
+    agent = make_agent(env, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn)
     agent.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.learn(101)
     rollout_obs = next(obs for obs in seen if len(obs) == 500)
     raw = agent.model_buffer.observations[:500]
     assert raw.max() > 40 and np.allclose(agent.dynamics.input_mean[:2], 24.5, atol=6)
     np.testing.assert_allclose(rollout_obs, env.normalize_obs(raw.numpy()), atol=0.05)
+    assert np.array_equal(given[-1][0], raw) and given[-1][1].max() > 40
     batch = agent.mixed_buffer.sample(64, env=env)
     assert batch.observations.abs().max() <= 10
     # Rewards are raw in the model buffer: the first action, not divided by the spread of the return
     true = agent.model_buffer.actions[:500, 0]
     assert np.corrcoef(true, agent.model_buffer.rewards[:500, 0])[0, 1] > 0.8
+
+
+def test_gsde_explores_anew_in_every_rollout():
+    """One noise matrix for all would make the actions a function of the state."""
+    agent = make_agent(use_sde=True, rollout_batch_size=2_000, gradient_steps=0).learn(61)
+    start, actions = agent.model_buffer.observations[:2_000], agent.model_buffer.actions[:2_000, 0]
+    same_state = (start == start[0]).all(dim=1)
+    assert same_state.sum() > 10 and len(actions[same_state].unique()) == same_state.sum()
+
+
+def test_generated_transitions_are_discounted_by_the_agents_gamma():
+    agent = make_agent(n_steps=3, gamma=0.9).learn(61)
+    discounts = agent.mixed_buffer.sample(200).discounts
+    assert th.allclose(discounts[10:], th.tensor(0.9)) and th.allclose(discounts[:10].max(), th.tensor(0.9**3), atol=0.2)
+
+
+def test_no_warnings(tmp_path):
+    """As SB3's tests have it: not in the constructor, nor while learning, nor when loading."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent = make_agent(
+            CountingEnv(),
+            # Read-only arrays
+            termination_fn=lambda obs, action, next_obs: np.broadcast_to(False, len(obs)),
+            reward_fn=lambda obs, action, next_obs: np.broadcast_to(1.0, len(obs)),
+        ).learn(120)
+        agent.save(tmp_path / "agent.zip")
+        MBPO.load(tmp_path / "agent.zip", env=CountingEnv()).learn(40)
 
 
 def test_actions_are_scaled_for_the_users_functions():
@@ -282,6 +317,15 @@ def test_second_learn_goes_on(events):
     assert actions[0] == 1 and actions.count(1) == 100
 
 
+def test_learn_that_fails_does_not_age_the_agent():
+    agent = make_agent().learn(70)
+    agent.env = None
+    for _ in range(2):
+        with pytest.raises(AssertionError):
+            agent.learn(10)
+    assert agent.lifetime_timesteps == 70
+
+
 def test_set_env_brings_its_own_termination():
     """Which transitions are terminal is the environment's business, not the agent's."""
     agent = make_agent(gym.make("Hopper-v5"), rollout_schedule=[0, 0, 1, 1]).learn(61)
@@ -357,8 +401,7 @@ def test_observation_spaces(obs_shape, dtype):
 
 def test_rollouts_run_in_eval_mode(monkeypatch):
     """A policy with dropout or batch norm must not be in training mode while it generates data."""
-    agent = make_agent()
-    modes = []
+    agent, modes = make_agent(), []
     sample = Ensemble.sample
 
     def watched(self, obs, actions):

@@ -109,6 +109,35 @@ def test_goes_on_without_its_replay_buffer(agent, tmp_path):
     assert loaded.dynamics.n_fits == agent.dynamics.n_fits + 1
 
 
+def test_loaded_model_keeps_generating_while_it_waits_for_data(tmp_path, monkeypatch):
+    """Without the replay buffer the model is not trained for a long time; its data must not grow old meanwhile."""
+    agent = make_agent(learning_starts=150).learn(160)
+    agent.save(tmp_path / "agent.zip")
+    loaded = MBPO.load(tmp_path / "agent.zip", env=gym.make("Pendulum-v1"))
+    rollouts = []
+    generate = DynamicsCallback._generate_rollouts
+    monkeypatch.setattr(
+        DynamicsCallback,
+        "_generate_rollouts",
+        lambda self, data: (rollouts.append((self.model.num_timesteps, len(data.obs))), generate(self, data)),
+    )
+    loaded.learn(151)
+    assert rollouts == [(32, 32), (82, 82), (132, 132), (150, 150)]
+    assert loaded.dynamics.n_fits == agent.dynamics.n_fits + 1
+
+
+def test_numpy_numbers_as_arguments(tmp_path):
+    agent = make_agent(
+        model_learning_rate=np.float64(1e-3),
+        real_ratio=np.float32(0.25),
+        ensemble_size=np.int64(3),
+        rollout_schedule=list(np.array([0, 10, 1, 2])),
+        model_hidden_sizes=tuple(np.array([8, 8])),
+    ).learn(70)
+    agent.save(tmp_path / "agent.zip")
+    assert_same_parameters(agent, MBPO.load(tmp_path / "agent.zip"))
+
+
 def test_two_loads_go_on_alike(agent, tmp_path):
     agent.save(tmp_path / "agent.zip")
     agent.save_replay_buffer(tmp_path / "buffer.pkl")

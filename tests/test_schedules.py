@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ def schedules(draw):
 def test_paper_hopper(step, expected):
     assert rollout_length(HOPPER, step) == expected
     assert rollout_length(list(HOPPER), step) == expected
+    check_rollout_schedule([np.int64(value) for value in HOPPER])
 
 
 def test_constant_and_jump():

@@ -95,7 +95,8 @@ class Ensemble(nn.Module):
         self.elites: th.Tensor
         self.n_fits: th.Tensor
 
-        self.optimizer = th.optim.Adam(self.parameters(), lr=learning_rate)
+        # A Python float: a NumPy one in the optimizer's state would not load with `weights_only`
+        self.optimizer = th.optim.Adam(self.parameters(), lr=float(learning_rate))
 
     @property
     def is_fitted(self) -> bool:

@@ -1,6 +1,6 @@
 """
-Which transitions end an episode: derived from the environment's own parameters where its class is known, given by the
-user, or learned from the replay buffer. Also the contract of the functions of transitions that a user may pass.
+Which transitions end an episode: derived from the environment's own parameters where its class is known, or learned from the
+replay buffer. What a user may pass instead is in ``user_functions.py``.
 """
 
 import copy
@@ -11,7 +11,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
@@ -28,11 +27,8 @@ from torch.nn import functional as F
 
 from sb3_mbpo.dynamics.ensemble import input_stats
 from sb3_mbpo.dynamics.training import BATCH_SIZE, split_holdout
+from sb3_mbpo.dynamics.user_functions import TransitionFn
 
-# (obs, action, next_obs) -> one value per row. Numpy arrays (n, *shape): raw observations, actions in the environment's units
-TransitionFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-TerminationFn = TransitionFn
-RewardFn = TransitionFn
 # (low, high)
 Range = Sequence[float]
 
@@ -191,7 +187,7 @@ def _tip_height(model: Any) -> list[list[float]] | None:
     return matrix.tolist() if is_exact else None
 
 
-def derive_termination_fn(env: VecEnv) -> TerminationFn | None:
+def derive_termination_fn(env: VecEnv) -> TransitionFn | None:
     """
     The termination function of a task whose source is known (Gymnasium's MuJoCo tasks v4 and v5, and Pendulum), with the
     parameters that the live environment has now. Nothing is guessed: a subclass, a wrapper that may change
@@ -232,67 +228,6 @@ def derive_termination_fn(env: VecEnv) -> TerminationFn | None:
     if None in parameters or any(other != parameters for other in others):
         return None
     return lambda obs, action, next_obs: condition(next_obs, *parameters)
-
-
-# --- Functions that a user passes ------------------------------------------------------------------------------------
-
-
-def apply_transition_fn(
-    fn: TransitionFn, name: str, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, boolean: bool
-) -> np.ndarray:
-    """
-    Call a function of transitions and check what it returns.
-
-    :param fn: ``termination_fn`` or ``reward_fn``; gets copies, so it may work in place
-    :param name: The argument's name, for messages
-    :param obs: ``(n, *obs_shape)``, raw observations
-    :param action: ``(n, *action_shape)``, in the environment's units
-    :param next_obs: ``(n, *obs_shape)``
-    :param boolean: Whether it must return bools; finite floats otherwise
-    :return: ``(n,)``
-    :raises ValueError: if the function raises, or returns anything else
-    """
-    try:
-        values = fn(obs.copy(), action.copy(), next_obs.copy())
-    except Exception as error:
-        shapes = f"obs {obs.shape}, action {action.shape} and next_obs {next_obs.shape}"
-        raise ValueError(f"`{name}` raised {error!r} for arrays of shape {shapes}") from error
-    dtype, allowed = (np.bool_, "bools") if boolean else (np.floating, "finite floats")
-    if isinstance(values, np.ndarray) and values.shape == (len(obs),) and np.issubdtype(values.dtype, dtype):
-        if np.isfinite(values).all():
-            return values
-        found = f"{np.count_nonzero(~np.isfinite(values))} values that are not finite"
-    else:
-        found = type(values).__name__
-        found += "".join(f", {key} {getattr(values, key)}" for key in ("dtype", "shape") if hasattr(values, key))
-    raise ValueError(
-        f"`{name}` must return a numpy array of {allowed} with shape ({len(obs)},), one per transition, but returned: {found}"
-    )
-
-
-def check_transition_fn(
-    fn: TransitionFn, name: str, observation_space: spaces.Box, action_space: spaces.Box, boolean: bool
-) -> None:
-    """
-    Try a user's function of transitions on a few rows. No random numbers are drawn.
-
-    :param fn: ``termination_fn`` or ``reward_fn``
-    :param name: The argument's name, for messages
-    :param observation_space: Of the environment
-    :param action_space: Of the environment
-    :param boolean: Whether it must return bools; finite floats otherwise
-    :raises ValueError: if it is no function, raises, or returns anything else
-    """
-    if not callable(fn):
-        raise ValueError(f"`{name}` must be None or a function of (obs, action, next_obs), not {fn!r}")
-    # A number of rows that is no other dimension, so that a result along the wrong axis shows
-    taken = {size for space in (observation_space, action_space) for size in (*space.shape, int(np.prod(space.shape)))}
-    n = next(n for n in range(3, 4 + len(taken)) if n not in taken)
-    obs, action = (
-        np.zeros((n, *space.shape)).clip(space.low, space.high).astype(space.dtype)
-        for space in (observation_space, action_space)
-    )
-    apply_transition_fn(fn, name, obs, action, obs, boolean)
 
 
 # --- Learned, where nothing is known ---------------------------------------------------------------------------------
