@@ -77,7 +77,7 @@ def as_floats(env):
         (spaces.Tuple([spaces.Box(-1, 1, (2,))]), wrappers.FlattenObservation),
         (spaces.Discrete(5), lambda env: as_floats(wrappers.FlattenObservation(env))),
         (spaces.MultiBinary(3), lambda env: as_floats(wrappers.FlattenObservation(env))),
-        (spaces.Box(0, 255, (36, 36, 3), np.uint8), as_floats),
+        (spaces.Box(0, 255, (4, 4, 3), np.uint8), as_floats),
         (spaces.Box(-5, 5, (2,), np.int64), as_floats),
         (spaces.Box(-1, 1, ()), lambda env: wrappers.ReshapeObservation(env, (1,))),
     ],

@@ -54,10 +54,11 @@ def test_learns_from_what_the_model_generates(real_ratio):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("env, steps, bar", [("InvertedPendulum-v5", 5_000, 950), ("Pendulum-v1", 3_000, -250)])
-def test_tuned_hyperparameters_learn(env, steps, bar, tmp_path):
+def test_tuned_hyperparameters_learn(env, steps, bar, seed, tmp_path):
     """Through the zoo, as a user would: the best of the evaluations, of 20 episodes each."""
-    command = [*("-m", "sb3_mbpo.zoo", "train", "--algo", "mbpo", "--env", env, "--seed", "0", "-f", str(tmp_path))]
+    command = ["-m", "sb3_mbpo.zoo", "train", "--algo", "mbpo", "--env", env, "--seed", str(seed), "-f", str(tmp_path)]
     subprocess.run(
         [sys.executable, *command, "-n", str(steps), "--eval-freq", "500", "--eval-episodes", "20", "--num-threads", "2"],
         check=True,

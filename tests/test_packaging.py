@@ -17,8 +17,6 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ["LICENSE", "MANIFEST.in", "README.md", "hyperparams", "pyproject.toml", "sb3_mbpo", "setup.py"]
 STARTUP_FILES = {"sb3_mbpo.pth", "sb3_mbpo.start"}
 
-pytestmark = pytest.mark.slow
-
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """

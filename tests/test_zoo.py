@@ -150,7 +150,6 @@ def test_other_algorithms_keep_their_hyperparams(tmp_path: Path) -> None:
         manager(tmp_path, algo="unknown").read_hyperparameters()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("has_own_file", [True, False])
 @pytest.mark.parametrize("checkout", [True, False], ids=["checkout", "package"])
 def test_zoo_with_its_own_hyperparams(checkout: bool, has_own_file: bool, tmp_path: Path) -> None:
@@ -301,7 +300,6 @@ def test_main_says_what_it_needs(tmp_path: Path) -> None:
     assert without_site_packages.stdout.strip().endswith('pip install "sb3-mbpo[zoo]"')
 
 
-@pytest.mark.slow
 def test_train_continue_enjoy(tmp_path: Path) -> None:
     options = ["--algo", "mbpo", "--env", "InvertedPendulum-v5", "-f", "logs", "--device", "cpu", "--num-threads", "1"]
     train = [*options, "-n", "150", "--eval-freq", "75", "--eval-episodes", "1", "--log-interval", "1", "--seed", "1"]
@@ -326,7 +324,6 @@ def test_train_continue_enjoy(tmp_path: Path) -> None:
         assert "Loading" in run("-c", AFTER_STARTUP, *enjoy, cwd=tmp_path)
 
 
-@pytest.mark.slow
 def test_optimize(tmp_path: Path) -> None:
     cheap = ["learning_starts:30", "rollout_batch_size:50", "ensemble_size:2", "num_elites:1"]
     options = ["--algo", "mbpo", "--env", "Pendulum-v1", "-f", "logs", "--device", "cpu", "--num-threads", "1", "--seed", "1"]

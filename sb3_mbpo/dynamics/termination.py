@@ -308,7 +308,7 @@ class TerminationClassifier(nn.Module):
 
     def _train(self, next_obs: th.Tensor, labels: th.Tensor, rows: th.Tensor) -> None:
         for _ in range(STEPS_PER_LOOK):
-            batch = rows[th.randint(len(rows), (BATCH_SIZE,), device=rows.device)]
+            batch = rows[th.randint(len(rows), (min(BATCH_SIZE, len(rows)),), device=rows.device)]
             loss = F.binary_cross_entropy_with_logits(self(next_obs[batch]), labels[batch])
             self.optimizer.zero_grad()
             loss.backward()
