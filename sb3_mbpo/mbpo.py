@@ -136,10 +136,12 @@ class MBPO(SAC):
     :param rollout_schedule: ``(first_step, last_step, k_min, k_max)``: the length of the model rollouts grows linearly from
         ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life
     :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
-    :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC.
+    :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC (the paper's
+        "no model").
     :param termination_fn: Which transitions are terminal: ``termination_fn(obs, action, next_obs)`` gets arrays of shape
         ``(n, *space.shape)``, not normalised, and returns a bool array of shape ``(n,)``. If None, it is derived from the
         environment where that is known (Gymnasium's MuJoCo tasks and Pendulum), and otherwise learned from the real data.
+        Saved with the agent, so it must be picklable.
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
         the model predicts the reward.
     :raises ValueError: if an argument is not in its range, or a space is not supported
