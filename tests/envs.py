@@ -59,9 +59,12 @@ class PointEnv(gym.Env):
     """
     A point on a line is to be moved to the origin: x' = x + action / 2, reward -|x'|, 20 steps from |x| up to 3. Beyond
     |x| > 4 the episode is over, at a price.
+
+    :param price: That price
     """
 
-    def __init__(self):
+    def __init__(self, price=20):
+        self.price = price
         self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
         self.action_space = spaces.Box(-1, 1, (1,), np.float32)
 
@@ -74,7 +77,7 @@ class PointEnv(gym.Env):
         self.x += float(action[0]) / 2
         self.steps += 1
         terminated = abs(self.x) > 4
-        reward = -abs(self.x) - 20 * terminated
+        reward = -abs(self.x) - self.price * terminated
         return np.array([self.x], dtype=np.float32), reward, terminated, self.steps == 20, {}
 
     @staticmethod

@@ -22,7 +22,7 @@ from sb3_mbpo.callbacks import DynamicsCallback
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from tests.agents import SMALL, make_agent
-from tests.envs import CountingEnv
+from tests.envs import CountingEnv, PointEnv
 
 
 @pytest.fixture
@@ -141,6 +141,20 @@ def test_rollouts_start_at_real_states_and_follow_the_stochastic_policy():
     mean, log_std, _ = agent.actor.get_action_dist_params(start)
     z = (th.atanh(buffer.actions[:4_000]) - mean) / log_std.exp()
     assert abs(z.mean().item()) < 5 / np.sqrt(4_000) and z.std().item() == pytest.approx(1, abs=0.06)
+
+
+def test_generated_transitions_are_those_of_the_environment():
+    """A point moves by half the action; its reward is the distance that is left."""
+    agent = make_agent(
+        PointEnv(price=0), learning_starts=800, gradient_steps=0, model_hidden_sizes=[64, 64], model_learning_rate=3e-3
+    ).learn(801)
+    start, actions, next_obs, rewards, dones = (column[:100, 0] for column in agent.model_buffer._columns())
+    # What 800 steps teach, noise included; start states spread over 8 units
+    assert (next_obs - (start + actions / 2)).abs().mean() < 0.3
+    alive = dones == 0
+    assert alive.sum() > 50 and (rewards + next_obs.abs())[alive].abs().median() < 1
+    # Over only beyond 4
+    assert next_obs[~alive].abs().min() > 3.5 if dones.any() else (next_obs.abs() < 4.5).all()
 
 
 def test_model_learns_raw_units_under_vec_normalize():
@@ -293,7 +307,10 @@ def test_same_seed_same_agent():
 def test_train_zero_changes_nothing_and_train_one_needs_no_model():
     agent = make_agent().learn(30)
     before = deepcopy(agent.get_parameters())
-    agent.train(0, 32)
+    with warnings.catch_warnings():
+        # Means of nothing
+        warnings.simplefilter("error")
+        agent.train(0, 32)
     assert agent._n_updates == 0
     for name, tensor in before["policy"].items():
         assert th.equal(tensor, agent.get_parameters()["policy"][name])
