@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.utils import update_learning_rate
 
 from sb3_mbpo.buffers import max_transitions, model_buffer_size, n_transitions, real_transitions
 from sb3_mbpo.dynamics.rollouts import Transitions, rollout
@@ -63,7 +64,7 @@ class DynamicsCallback(BaseCallback):
             elif self.termination_fn is not None:
                 source = "derived from the environment"
             else:
-                source = "learned from the replay buffer, as nothing is known about the environment's"
+                source = "learned from the replay buffer, as it is not known for this environment or its wrappers"
             print(f"Termination of model rollouts: {source}")
 
     def _on_step(self) -> bool:
@@ -103,6 +104,8 @@ class DynamicsCallback(BaseCallback):
     def _train_model(self, transitions: Transitions) -> None:
         agent = self.model
         obs, actions, next_obs, rewards, terminated = transitions
+        # A loaded optimizer brings the rate that it was saved with
+        update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
         with self._timed("model", "Training the dynamics model"):
             result = fit(agent.dynamics, th.cat([obs, actions], dim=1), th.cat([rewards[:, None], next_obs - obs], dim=1))
             if self.termination_fn is None:

@@ -108,7 +108,8 @@ class MBPO(SAC):
         If ``None``, it will be automatically selected.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer. It loses the last observation of
-        every episode, so that the model cannot learn from those transitions.
+        every episode, so that the model cannot learn from those transitions. As in SB3 it needs
+        ``replay_buffer_kwargs={"handle_timeout_termination": False}``.
     :param n_steps: When n_step > 1, uses n-step return (with the NStepReplayBuffer) for the real part of each batch.
     :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
         (and 'auto_0.1' for using 0.1 as initial value)

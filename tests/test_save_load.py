@@ -158,6 +158,14 @@ def test_overrides_and_checks_at_loading(agent, tmp_path):
         MBPO.load(tmp_path / "agent.zip", real_ratio=1.5)
 
 
+def test_model_learning_rate_can_be_changed_at_loading(agent, tmp_path):
+    agent.save(tmp_path / "agent.zip")
+    loaded = MBPO.load(tmp_path / "agent.zip", env=gym.make("Pendulum-v1"), model_learning_rate=1e-5)
+    loaded.learn(61)
+    assert loaded.dynamics.n_fits == agent.dynamics.n_fits + 1
+    assert [group["lr"] for group in loaded.dynamics.optimizer.param_groups] == [1e-5]
+
+
 def test_user_functions_are_saved(tmp_path):
     agent = make_agent(CountingEnv(), termination_fn=lambda obs, action, next_obs: next_obs[:, 0] > 5, device="cpu")
     agent.save(tmp_path / "agent.zip")
