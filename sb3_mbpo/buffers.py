@@ -1,5 +1,8 @@
 """The buffer of generated transitions, the buffer that gradient updates sample from, and how to read the real one."""
 
+import weakref
+from collections.abc import Callable
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -8,6 +11,9 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.dynamics.rollouts import Transitions
+
+# Rows of the model buffer that are moved at once when its capacity changes
+MOVED_AT_ONCE = 100_000
 
 
 def n_transitions(replay_buffer: ReplayBuffer) -> int:
@@ -44,40 +50,87 @@ def check_finite(replay_buffer: ReplayBuffer) -> None:
             )
 
 
-def real_transitions(replay_buffer: ReplayBuffer, device: th.device | str = "cpu") -> Transitions:
+def real_transitions(
+    replay_buffer: ReplayBuffer, device: th.device | str = "cpu", rows: np.ndarray | None = None
+) -> Transitions:
     """
-    All one-step transitions of a replay buffer, in raw units. Truncated ones are included (SB3 stores the true last
+    One-step transitions of a replay buffer, in raw units. Truncated ones are included (SB3 stores the true last
     observation) and are not terminal.
 
     With ``optimize_memory_usage`` the successor of an episode's last observation is lost: those transitions are left out.
 
     :param replay_buffer: SB3's replay buffer or any subclass of it
     :param device: Where to put the tensors
+    :param rows: Which rows (of ``n_envs`` transitions), all if None
     :return: Float32 tensors, observations flattened
     """
-    steps = np.arange(replay_buffer.size())
+    rows = np.arange(replay_buffer.size()) if rows is None else rows
     if replay_buffer.optimize_memory_usage:
         if replay_buffer.full:
             # This row's observation has been overwritten by the newest successor
-            steps = np.delete(steps, replay_buffer.pos)
-        successors = replay_buffer.observations[(steps + 1) % replay_buffer.buffer_size]
-        valid = replay_buffer.dones[steps] == 0
+            rows = rows[rows != replay_buffer.pos]
+        successors = replay_buffer.observations[(rows + 1) % replay_buffer.buffer_size]
+        valid = replay_buffer.dones[rows] == 0
     else:
-        successors = replay_buffer.next_observations[steps]
-        valid = np.ones((len(steps), replay_buffer.n_envs), dtype=bool)
-    terminated = replay_buffer.dones[steps] * (1 - replay_buffer.timeouts[steps]) > 0
+        successors = replay_buffer.next_observations[rows]
+        valid = np.ones((len(rows), replay_buffer.n_envs), dtype=bool)
+    terminated = replay_buffer.dones[rows] * (1 - replay_buffer.timeouts[rows]) > 0
 
     def tensor(array: np.ndarray) -> th.Tensor:
         width = int(np.prod(array.shape[2:]))
         return th.as_tensor(array[valid].reshape(-1, width), dtype=th.float32, device=device)
 
     return Transitions(
-        obs=tensor(replay_buffer.observations[steps]),
-        actions=tensor(replay_buffer.actions[steps]),
+        obs=tensor(replay_buffer.observations[rows]),
+        actions=tensor(replay_buffer.actions[rows]),
         next_obs=tensor(successors),
-        rewards=tensor(replay_buffer.rewards[steps]).squeeze(1),
+        rewards=tensor(replay_buffer.rewards[rows]).squeeze(1),
         terminated=th.as_tensor(terminated[valid], device=device),
     )
+
+
+class ResidentTransitions:
+    """
+    All transitions of a replay buffer as tensors, on the device, of which only those are copied that are new.
+
+    :param device: Where to put the tensors
+    """
+
+    def __init__(self, device: th.device | str = "cpu") -> None:
+        self.device = device
+        self._columns: Transitions | None = None
+        self._source: Callable[[], ReplayBuffer | None] = lambda: None
+        self._pos = 0
+
+    def update(self, replay_buffer: ReplayBuffer, n_steps: int) -> Transitions:
+        """
+        :param replay_buffer: SB3's replay buffer or any subclass of it, the same as last time or another
+        :param n_steps: Transitions that were added to it since last time
+        :return: What :func:`real_transitions` returns, in the order of the buffer's rows
+        """
+        if replay_buffer.optimize_memory_usage:
+            # Whether a row is valid changes with time
+            return real_transitions(replay_buffer, self.device)
+        n = n_transitions(replay_buffer)
+        if self._columns is None or self._source() is not replay_buffer or n_steps >= max_transitions(replay_buffer):
+            rows = np.arange(replay_buffer.size())
+        else:
+            n_new = (replay_buffer.pos - self._pos) % replay_buffer.buffer_size
+            rows = (self._pos + np.arange(n_new)) % replay_buffer.buffer_size
+        new = real_transitions(replay_buffer, self.device, rows)
+        if self._columns is None or len(self._columns.obs) < n:
+            # Room for as many again, so that this is rare
+            capacity = min(2 * n, max_transitions(replay_buffer))
+            room = Transitions(*(column.new_empty(capacity, *column.shape[1:]) for column in new))
+            if self._columns is not None:
+                for column, old in zip(room, self._columns, strict=True):
+                    column[: len(old)] = old
+            self._columns = room
+        index = th.as_tensor(rows[:, None] * replay_buffer.n_envs + np.arange(replay_buffer.n_envs)).flatten()
+        for column, values in zip(self._columns, new, strict=True):
+            column[index.to(self.device)] = values
+        self._source, self._pos = weakref.ref(replay_buffer), replay_buffer.pos
+        return Transitions(*(column[:n] for column in self._columns))
 
 
 def model_buffer_size(retain_epochs: int, model_train_freq: int, rollout_batch_size: int, rollout_length: int) -> int:
@@ -93,12 +146,14 @@ def model_buffer_size(retain_epochs: int, model_train_freq: int, rollout_batch_s
 
 class ModelReplayBuffer(BaseBuffer):
     """
-    First-in-first-out buffer of generated transitions, as float32 tensors in raw units. Takes whole batches.
+    First-in-first-out buffer of generated transitions, as float32 tensors in raw units. Takes whole batches. Its memory is
+    reserved at the beginning, for the largest capacity that it will have; on a CPU it is in use only once it is filled.
 
     :param buffer_size: Capacity in transitions
     :param observation_space: Flat or not, stored flat
     :param action_space: Actions are stored in [-1, 1]
     :param device: Where the tensors live
+    :param max_size: Largest capacity that :meth:`resize` will be asked for, the present one if None
     """
 
     def __init__(
@@ -107,54 +162,101 @@ class ModelReplayBuffer(BaseBuffer):
         observation_space: spaces.Box,
         action_space: spaces.Box,
         device: th.device | str = "auto",
+        max_size: int | None = None,
     ) -> None:
         super().__init__(buffer_size, observation_space, action_space, device)
-        self._allocate()
+        self.n_stored = 0
+        self._allocate(max_size or buffer_size)
 
-    def _allocate(self) -> None:
+    def _allocate(self, max_size: int) -> None:
         obs_dim = int(np.prod(self.obs_shape))
 
         def column(width: int) -> th.Tensor:
-            return th.zeros(self.buffer_size, width, device=self.device)
+            # Not zeros, which would put all of it to use at once
+            return th.empty(max_size, width, device=self.device)
 
         self.observations = column(obs_dim)
         self.actions = column(self.action_dim)
         self.next_observations = column(obs_dim)
         self.rewards = column(1)
         self.dones = column(1)
-        self.reset()
 
     def _columns(self) -> tuple[th.Tensor, ...]:
         return self.observations, self.actions, self.next_observations, self.rewards, self.dones
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory when it is filled up to its largest capacity."""
+        return sum(column.nbytes for column in self._columns())
+
+    def size(self) -> int:
+        """
+        :return: The current number of transitions
+        """
+        return self.n_stored
+
+    def reset(self) -> None:
+        """
+        Forget all transitions.
+        """
+        super().reset()
+        self.n_stored = 0
 
     def extend(self, transitions: Transitions) -> None:
         """
         :param transitions: Any number of rows; of more than the capacity the last ones are kept
         """
-        self._extend((*transitions[:3], transitions.rewards[:, None], transitions.terminated[:, None]))
-
-    def _extend(self, rows: tuple[th.Tensor, ...]) -> None:
+        rows = (*transitions[:3], transitions.rewards[:, None], transitions.terminated[:, None])
         n = min(len(rows[0]), self.buffer_size)
-        index = (self.pos + th.arange(n, device=self.device)) % self.buffer_size
+        until_end = min(n, self.buffer_size - self.pos)
         for column, new in zip(self._columns(), rows, strict=True):
-            column[index] = new[len(new) - n :].to(column)
-        self.full = self.full or self.pos + n >= self.buffer_size
+            new = new[len(new) - n :]
+            column[self.pos : self.pos + until_end] = new[:until_end]
+            column[: n - until_end] = new[until_end:]
         self.pos = (self.pos + n) % self.buffer_size
+        self.n_stored = min(self.n_stored + n, self.buffer_size)
+        self.full = self.n_stored == self.buffer_size
 
     def resize(self, buffer_size: int) -> None:
         """
-        Change the capacity; the newest transitions are kept.
+        Change the capacity; the newest transitions are kept. Takes no memory up to the largest capacity.
 
         :param buffer_size: New capacity in transitions
         """
-        if buffer_size == self.buffer_size:
-            return
-        oldest = self.pos if self.full else 0
-        order = (oldest + th.arange(self.size(), device=self.device)) % self.buffer_size
-        rows = tuple(column[order[-buffer_size:]] for column in self._columns())
+        if buffer_size > len(self.rewards):
+            old = self._columns()
+            self._allocate(buffer_size)
+            for column, values in zip(self._columns(), old, strict=True):
+                column[: len(values)] = values
+        n = min(self.n_stored, buffer_size)
+        n_wrapped = max(n - self.pos, 0)
+        if n_wrapped > 0:
+            # The oldest ones stay at the end of the ring
+            self._move(self.buffer_size - n_wrapped, buffer_size - n_wrapped, n_wrapped)
+        elif self.pos > buffer_size:
+            self._move(self.pos - n, 0, n)
+            self.pos = n
         self.buffer_size = buffer_size
-        self._allocate()
-        self._extend(rows)
+        self.pos %= buffer_size
+        self.n_stored = n
+        self.full = n == buffer_size
+
+    def _move(self, source: int, target: int, n: int) -> None:
+        """Move ``n`` rows; the places may overlap. Little by little, as a copy of all would double the memory."""
+        starts = range(0, n, MOVED_AT_ONCE)
+        for start in starts if target < source else reversed(starts):
+            stop = min(start + MOVED_AT_ONCE, n)
+            for column in self._columns():
+                column[target + start : target + stop] = column[source + start : source + stop].clone()
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        :param batch_size: Number of transitions, drawn with replacement
+        :param env: Normalises observations and rewards
+        :return: The batch
+        """
+        # The newest lies before `pos`; while the buffer is not full, the older ones need not begin at 0 (see `resize`)
+        return self._get_samples((self.pos - 1 - np.random.randint(0, self.n_stored, size=batch_size)) % self.buffer_size, env)
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         index = th.as_tensor(batch_inds, device=self.device)
@@ -195,21 +297,31 @@ class MixedReplayBuffer:
         :param env: Normalises observations and rewards, as in SB3's buffers
         :return: The batch
         """
+        batches = self.sample_batches(1, batch_size, env)
+        return ReplayBufferSamples(*(None if column is None else column[0] for column in batches))  # type: ignore[arg-type]
+
+    def sample_batches(self, n_batches: int, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        Several batches at once.
+
+        :param n_batches: Number of batches
+        :param batch_size: Number of transitions in each, of which ``int(batch_size * real_ratio)`` are real and come first
+        :param env: Normalises observations and rewards, as in SB3's buffers
+        :return: The batches, ``(n_batches, batch_size, ...)`` each
+        """
+
+        def in_batches(samples: ReplayBufferSamples) -> ReplayBufferSamples:
+            columns = (None if column is None else column.reshape(n_batches, -1, *column.shape[1:]) for column in samples)
+            return ReplayBufferSamples(*columns)  # type: ignore[arg-type]
+
         n_real = int(batch_size * self.real_ratio) if self.model_buffer.size() > 0 else batch_size
         if n_real == batch_size:
-            return self.replay_buffer.sample(batch_size, env=env)
-        generated = self.model_buffer.sample(batch_size - n_real, env=env)
+            return in_batches(self.replay_buffer.sample(n_batches * n_real, env=env))
+        generated = in_batches(self.model_buffer.sample(n_batches * (batch_size - n_real), env=env))
         if n_real == 0:
             return generated
-        real = self.replay_buffer.sample(n_real, env=env)
-        discounts = None
+        real = in_batches(self.replay_buffer.sample(n_batches * n_real, env=env))
         if real.discounts is not None:
-            discounts = th.cat([real.discounts, th.full_like(generated.rewards, self.gamma)])
-        return ReplayBufferSamples(
-            th.cat([real.observations, generated.observations]),
-            th.cat([real.actions, generated.actions]),
-            th.cat([real.next_observations, generated.next_observations]),
-            th.cat([real.dones, generated.dones]),
-            th.cat([real.rewards, generated.rewards]),
-            discounts,
-        )
+            generated = generated._replace(discounts=th.full_like(generated.rewards, self.gamma))
+        columns = (None if a is None or b is None else th.cat([a, b], dim=1) for a, b in zip(real, generated, strict=True))
+        return ReplayBufferSamples(*columns)  # type: ignore[arg-type]

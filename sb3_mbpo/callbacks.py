@@ -10,10 +10,11 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.utils import update_learning_rate
 
-from sb3_mbpo.buffers import max_transitions, model_buffer_size, n_transitions, real_transitions
+from sb3_mbpo.buffers import ResidentTransitions, max_transitions, model_buffer_size, n_transitions
+from sb3_mbpo.compilation import compiled
 from sb3_mbpo.dynamics.rollouts import Transitions, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
-from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.dynamics.training import fit, train_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
 from sb3_mbpo.schedules import rollout_length
 
@@ -51,6 +52,8 @@ class DynamicsCallback(BaseCallback):
         agent = self.model
         if agent.real_ratio == 1:
             return
+        # Anew in every `learn()`, because between two of them users may change what is in the replay buffer
+        self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
         # At every `learn()`, because `set_env` may have brought another environment
         self.termination_fn = agent.termination_fn or derive_termination_fn(self.training_env)
         if self.termination_fn is None and agent.optimize_memory_usage:
@@ -94,7 +97,8 @@ class DynamicsCallback(BaseCallback):
         retrain = enough and (not is_fitted or now - agent.last_model_training >= agent.model_train_freq)
         refresh = is_fitted and (agent.model_buffer.size() == 0 or now - agent.last_rollouts >= agent.model_train_freq)
         if retrain or refresh:
-            transitions = real_transitions(agent.replay_buffer, agent.device)
+            transitions = self.real.update(agent.replay_buffer, now - self.last_update)
+            self.last_update = now
             if retrain:
                 self._train_model(transitions)
                 agent.last_model_training = now
@@ -106,14 +110,22 @@ class DynamicsCallback(BaseCallback):
         obs, actions, next_obs, rewards, terminated = transitions
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
+        seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
-            result = fit(agent.dynamics, th.cat([obs, actions], dim=1), th.cat([rewards[:, None], next_obs - obs], dim=1))
+            result = fit(
+                agent.dynamics,
+                th.cat([obs, actions], dim=1),
+                th.cat([rewards[:, None], next_obs - obs], dim=1),
+                max_epochs=agent.model_max_epochs,
+                compiled_step=compiled(train_step) if agent.is_compiled["model"] else None,
+            )
             if self.termination_fn is None:
                 agent.termination_classifier.fit(next_obs, terminated)
             mismatch = (self._termination(obs, actions, next_obs) != terminated).float().mean().item()
         self.logger.record("model/train_loss", result.train_loss)
         self.logger.record("model/holdout_mse", result.holdout_mse)
         self.logger.record("model/epochs", result.epochs)
+        self.logger.record("model/training_seconds", agent.seconds["model"] - seconds)
         self.logger.record("model/termination_mismatch", mismatch)
 
     def _generate_rollouts(self, transitions: Transitions) -> None:
@@ -129,6 +141,7 @@ class DynamicsCallback(BaseCallback):
             for step in rollout(agent.dynamics, self._policy, start, length, self._termination, reward):
                 agent.model_buffer.extend(step)
                 n_generated += len(step.obs)
+        self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
         self.logger.record("model/rollout_length", length)
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)
 

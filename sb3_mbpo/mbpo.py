@@ -1,6 +1,7 @@
 """The algorithm as a user of Stable-Baselines3 meets it: constructor, training loop, saving and loading. No mathematics."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +15,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import MlpPolicy, SACPolicy
 
@@ -27,14 +28,20 @@ from sb3_mbpo.buffers import (
     n_transitions,
 )
 from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
+from sb3_mbpo.compilation import compiled, why_not
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.termination import TerminationClassifier
+from sb3_mbpo.dynamics.training import train_step, try_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
 from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, rollout_length
+from sb3_mbpo.update import not_covered, run_updates, sac_update, try_update
 
 __all__ = ["MBPO", "MlpPolicy", "UnsupportedSpaceError"]
 
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
+
+# With fewer updates than these, a cold compilation takes longer than it saves
+MIN_UPDATES_TO_COMPILE = 10_000
 
 
 class UnsupportedSpaceError(ValueError, AssertionError):
@@ -145,6 +152,12 @@ class MBPO(SAC):
         Saved with the agent, so it must be picklable.
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
         the model predicts the reward.
+    :param model_max_epochs: Epochs after which a training of the model stops even if it still improves. None: the paper's
+        rule alone
+    :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``), several times as
+        fast as otherwise. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++ compiler.
+        "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, a line says why,
+        and SB3's own ``SAC.train`` is used.
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
 
@@ -191,6 +204,8 @@ class MBPO(SAC):
         real_ratio: float = 0.05,
         termination_fn: TransitionFn | None = None,
         reward_fn: TransitionFn | None = None,
+        model_max_epochs: int | None = None,
+        compile: bool | str = "auto",
     ) -> None:
         if env is not None:
             env = maybe_make_env(env, verbose)
@@ -238,13 +253,17 @@ class MBPO(SAC):
         self.real_ratio = real_ratio
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
+        self.model_max_epochs = model_max_epochs
+        self.compile = compile
 
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
         self.last_model_training = 0
         self.last_rollouts = 0
         # Since the start of `learn()`
-        self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates"), 0.0)
+        self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates", "compile"), 0.0)
+        # Which of them run as compiled graphs in this `learn()`
+        self.is_compiled = dict.fromkeys(("updates", "model"), False)
 
         if _init_setup_model:
             self._setup_model()
@@ -272,6 +291,12 @@ class MBPO(SAC):
             is_valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
             if not is_valid or not (0 <= value <= 1 if name == "real_ratio" else 0 < value < np.inf):
                 raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
+        if self.model_max_epochs is not None and (not is_whole_number(self.model_max_epochs) or self.model_max_epochs < 1):
+            raise ValueError(
+                f"`model_max_epochs` must be a whole number, 1 or more, or None (no limit), not {self.model_max_epochs!r}"
+            )
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            raise ValueError(f"`compile` must be True, False or 'auto', not {self.compile!r}")
         check_rollout_schedule(self.rollout_schedule)
         assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
         for name, boolean in (("termination_fn", True), ("reward_fn", False)):
@@ -287,13 +312,15 @@ class MBPO(SAC):
             obs_dim, action_dim, self.model_hidden_sizes, self.ensemble_size, self.num_elites, self.model_learning_rate
         ).to(self.device)
         self.termination_classifier = TerminationClassifier(obs_dim).to(self.device)
-        capacity = model_buffer_size(
-            self.model_retain_epochs,
-            self.model_train_freq,
-            self.rollout_batch_size,
-            rollout_length(self.rollout_schedule, self.lifetime_timesteps),
+        # For rollouts of the present length, and of the longest to come
+        capacity, max_capacity = (
+            model_buffer_size(self.model_retain_epochs, self.model_train_freq, self.rollout_batch_size, length)
+            for length in (rollout_length(self.rollout_schedule, self.lifetime_timesteps), max(self.rollout_schedule[2:]))
         )
-        self.model_buffer = ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device)
+        self.model_buffer = ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device, max_capacity)
+        if self.verbose >= 1 and self.real_ratio < 1:
+            gigabytes = self.model_buffer.n_bytes / 1e9
+            print(f"Model buffer: room for {max_capacity:,} generated transitions, {gigabytes:.2f} GB when it is full")
 
     @property
     def mixed_buffer(self) -> MixedReplayBuffer:
@@ -380,14 +407,83 @@ class MBPO(SAC):
         if gradient_steps == 0:
             return
         start = time.perf_counter()
-        replay_buffer = self.replay_buffer
-        # What SAC samples from
-        self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
-        try:
-            super().train(gradient_steps, batch_size)
-        finally:
-            self.replay_buffer = replay_buffer
+        if self.is_compiled["updates"]:
+            self._train_compiled(gradient_steps, batch_size)
+        else:
+            replay_buffer = self.replay_buffer
+            # What SAC samples from
+            self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
+            try:
+                super().train(gradient_steps, batch_size)
+            finally:
+                self.replay_buffer = replay_buffer
         self.seconds["updates"] += time.perf_counter() - start
+
+    def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
+        """What ``SAC.train`` does, with all batches sampled at once and the updates compiled."""
+        self.policy.set_training_mode(True)
+        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        if self.ent_coef_optimizer is not None:
+            optimizers.append(self.ent_coef_optimizer)
+        self._update_learning_rate(optimizers)
+        samples = self.mixed_buffer.sample_batches(gradient_steps, batch_size, env=self._vec_normalize_env)
+        noise = th.randn(2, *samples.actions.shape, device=self.device)
+        critic_loss, actor_loss, ent_coef_loss, ent_coef = (
+            run_updates(self, samples, noise, compiled(sac_update)).mean(dim=0).tolist()
+        )
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/ent_coef", ent_coef)
+        self.logger.record("train/actor_loss", actor_loss)
+        self.logger.record("train/critic_loss", critic_loss)
+        if self.ent_coef_optimizer is not None:
+            self.logger.record("train/ent_coef_loss", ent_coef_loss)
+
+    def _planned_updates(self, total_timesteps: int) -> float:
+        """How many gradient updates there will be until ``num_timesteps`` is ``total_timesteps``."""
+        warm_up = max(self.learning_starts - self.lifetime_timesteps, 0)
+        steps = max(total_timesteps - self.num_timesteps - warm_up, 0)
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.gradient_steps < 0 or self.train_freq.unit is not TrainFrequencyUnit.STEP:
+            # How long episodes are is not known
+            return steps
+        return steps * self.gradient_steps / (self.train_freq.frequency * self.n_envs)
+
+    def _set_up_compilation(self, total_timesteps: int) -> None:
+        """Decide what is compiled in this ``learn()``, and compile it now: what cannot be done shows early."""
+        start, n_updates = time.perf_counter(), self._planned_updates(total_timesteps)
+        reason = None
+        if not self.compile:
+            reason = "`compile` is False"
+        elif self.compile == "auto" and n_updates < MIN_UPDATES_TO_COMPILE:
+            reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
+        reasons = {"updates": reason or not_covered(self), "model": reason}
+        attempts = {
+            "updates": lambda: try_update(self, self.batch_size, compiled(sac_update)),
+            "model": lambda: try_step(self.dynamics, compiled(train_step)),
+        }
+        if self.real_ratio == 1:
+            del reasons["model"]
+        for what, reason in reasons.items():
+            reasons[what] = reason or why_not(attempts[what])
+        self.is_compiled = {what: reasons.get(what, "") is None for what in attempts}
+        self.seconds["compile"] = time.perf_counter() - start
+        self._report_compilation(reasons)
+
+    def _report_compilation(self, reasons: dict[str, str | None]) -> None:
+        names = {"updates": "gradient updates (by SB3's SAC.train)", "model": "model training"}
+        for reason in dict.fromkeys(reasons.values()):
+            which = " and ".join(names[what] for what in reasons if reasons[what] == reason)
+            if reason is None:
+                which, reason = which.replace(" (by SB3's SAC.train)", ""), f"in {self.seconds['compile']:.0f} s"
+                message = f"Compiled: {which}, {reason}"
+            else:
+                message = f"Not compiled: {which}, because {reason}"
+                if self.compile is True:
+                    warnings.warn(message, stacklevel=2)
+                    continue
+            if self.verbose >= 1:
+                print(message)
 
     def _setup_learn(
         self,
@@ -406,6 +502,7 @@ class MBPO(SAC):
         if reset_num_timesteps:
             self._steps_before_reset += steps
         self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self._set_up_compilation(result[0])
         return result
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -423,6 +520,8 @@ class MBPO(SAC):
         """
         Write log data.
         """
+        self.logger.record("train/compiled", int(self.is_compiled["updates"]))
+        self.logger.record("model/compiled", int(self.is_compiled["model"]))
         for name, seconds in self.seconds.items():
             self.logger.record(f"time/{name}_seconds", seconds)
         assert self.replay_buffer is not None
@@ -431,7 +530,7 @@ class MBPO(SAC):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "model_buffer", "seconds"]
+        return [*super()._excluded_save_params(), "model_buffer", "seconds", "is_compiled"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

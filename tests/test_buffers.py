@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo.buffers import MixedReplayBuffer, ModelReplayBuffer, model_buffer_size, n_transitions, real_transitions
+from sb3_mbpo import buffers
+from sb3_mbpo.buffers import (
+    MixedReplayBuffer,
+    ModelReplayBuffer,
+    ResidentTransitions,
+    model_buffer_size,
+    n_transitions,
+    real_transitions,
+)
 from sb3_mbpo.dynamics.rollouts import Transitions
 from tests.envs import CountingEnv
 
@@ -26,9 +34,7 @@ def transitions(numbers):
 
 def contents(buffer):
     """Numbers in the buffer, oldest first; checks that no row is mixed up."""
-    order = np.arange(buffer.size())
-    if buffer.full:
-        order = np.roll(order, -buffer.pos)
+    order = (buffer.pos - buffer.size() + np.arange(buffer.size())) % buffer.buffer_size
     sample = buffer._get_samples(order)
     numbers = sample.rewards.squeeze(1) * -1
     expected = transitions(numbers.tolist())
@@ -39,11 +45,13 @@ def contents(buffer):
     return numbers.int().tolist()
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 12), st.lists(st.one_of(st.integers(0, 30), st.integers(-30, -1)), max_size=12))
-def test_model_buffer_is_first_in_first_out_also_across_resizes(capacity, operations):
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 12), st.integers(0, 30), st.lists(st.one_of(st.integers(0, 30), st.integers(-30, -1)), max_size=12))
+def test_model_buffer_is_first_in_first_out_also_across_resizes(capacity, reserved, operations):
     """A positive number adds as many rows, a negative one changes the capacity. The oracle is a deque."""
-    buffer, oracle, counter = ModelReplayBuffer(capacity, OBS_SPACE, ACTION_SPACE), deque(maxlen=capacity), 0
+    max_size = max(capacity, reserved)
+    buffer, oracle, counter = ModelReplayBuffer(capacity, OBS_SPACE, ACTION_SPACE, "cpu", max_size), deque(maxlen=capacity), 0
+    memory = buffer.observations.data_ptr()
     for operation in operations:
         if operation >= 0:
             rows = range(counter, counter + operation)
@@ -56,6 +64,30 @@ def test_model_buffer_is_first_in_first_out_also_across_resizes(capacity, operat
         assert buffer.size() == len(oracle)
         assert contents(buffer) == list(oracle)
         assert buffer.buffer_size == oracle.maxlen
+        if all(-operation <= max_size for operation in operations):
+            assert buffer.observations.data_ptr() == memory
+        if len(oracle) > 0:
+            assert set((-buffer.sample(20).rewards).flatten().int().tolist()) <= set(oracle)
+
+
+@pytest.fixture
+def few_rows_at_once(monkeypatch):
+    monkeypatch.setattr(buffers, "MOVED_AT_ONCE", 3)
+
+
+def test_rows_are_moved_little_by_little(few_rows_at_once):
+    """The places overlap, upwards and downwards."""
+    buffer = ModelReplayBuffer(20, OBS_SPACE, ACTION_SPACE, "cpu", 25)
+    buffer.extend(transitions(range(33)))
+    for size, oldest in ((24, 13), (25, 13), (16, 17), (13, 20), (22, 20)):
+        buffer.resize(size)
+        assert contents(buffer) == list(range(oldest, 33))
+
+
+def test_memory_of_the_model_buffer():
+    """Two observations, one action, reward and end: 4 bytes a number, for the largest capacity."""
+    assert ModelReplayBuffer(10, OBS_SPACE, ACTION_SPACE).n_bytes == 10 * 4 * (2 + 2 + 3 + 1 + 1)
+    assert ModelReplayBuffer(10, OBS_SPACE, ACTION_SPACE, max_size=25).n_bytes == 25 * 4 * 9
 
 
 def test_model_buffer_samples_uniformly():
@@ -107,6 +139,30 @@ def test_every_batch_has_its_share_of_real_transitions(batch_size, real_ratio, n
         assert batch.discounts is None
 
 
+@pytest.mark.parametrize("real_ratio, n_real", [(0.05, 12), (0, 0), (1, 256)])
+@pytest.mark.parametrize("discounts", [False, True])
+def test_several_batches_at_once(real_ratio, n_real, discounts):
+    np.random.seed(0)
+    model_buffer = ModelReplayBuffer(1_000, OBS_SPACE, ACTION_SPACE)
+    model_buffer.extend(transitions(range(1_000)))
+    kwargs = dict(buffer_class=NStepReplayBuffer, n_steps=1, gamma=0.9) if discounts else {}
+    mixed = MixedReplayBuffer(real_buffer(**kwargs), model_buffer, real_ratio, 0.99)
+    batches = mixed.sample_batches(30, 256)
+    assert batches.observations.shape == (30, 256, 2, 1) and batches.actions.shape == (30, 256, 3)
+    assert batches.rewards.shape == batches.dones.shape == (30, 256, 1)
+    is_real = batches.observations[:, :, 0, 0] >= 1_000
+    assert (is_real.sum(dim=1) == n_real).all() and is_real[:, :n_real].all()
+    assert th.equal(batches.next_observations, batches.observations + 0.5)
+    assert th.equal(batches.rewards, -batches.observations[:, :, 0])
+    # Drawn for each batch
+    if n_real < 256:
+        assert len({tuple(batch.flatten().tolist()) for batch in batches.rewards}) == 30
+    if discounts and n_real > 0:
+        assert th.equal(batches.discounts == 0.99, ~is_real[:, :, None])
+    else:
+        assert batches.discounts is None
+
+
 def test_without_model_data_or_with_ratio_one_all_are_real():
     model_buffer = ModelReplayBuffer(8, OBS_SPACE, ACTION_SPACE)
     assert (MixedReplayBuffer(real_buffer(), model_buffer, 0.05, 0.99).sample(64).observations >= 1_000).all()
@@ -151,6 +207,45 @@ def test_real_transitions(n_envs, rows):
     assert th.equal(next_obs, obs + 0.5) and th.equal(actions, obs[:, :1].repeat(1, 3)) and th.equal(rewards, -obs[:, 0])
     assert obs.shape[1] == 2 and not terminated.any()
     assert {column.dtype for column in (obs, actions, next_obs, rewards)} == {th.float32}
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(1, 3),
+    st.lists(st.one_of(st.integers(0, 12), st.just("another buffer"), st.just("more, unseen")), max_size=10),
+)
+def test_resident_transitions_are_those_of_the_buffer(n_envs, operations):
+    """However many rows were added since last time, and also when the buffer was replaced."""
+    buffer, resident, number, steps = real_buffer(5 * n_envs, n_envs, rows=2), ResidentTransitions(), 0, 0
+    for operation in operations:
+        if operation == "another buffer":
+            buffer, steps = real_buffer(5 * n_envs, n_envs, rows=number % 7), steps
+        else:
+            for _ in range(7 if operation == "more, unseen" else operation):
+                number += 1
+                obs = np.full((n_envs, 2, 1), number) + np.arange(n_envs)[:, None, None] / 8
+                done, info = np.full(n_envs, number % 3 == 0), [{"TimeLimit.truncated": number % 2 == 0}] * n_envs
+                buffer.add(obs, obs + 0.5, np.full((n_envs, 3), number), np.full(n_envs, number), done, info)
+                steps += n_envs
+        if operation != "more, unseen":
+            found = resident.update(buffer, steps)
+            for column, expected in zip(found, real_transitions(buffer), strict=True):
+                assert th.equal(column, expected) and column.dtype == expected.dtype
+            steps = 0
+
+
+def test_only_new_transitions_are_copied(monkeypatch):
+    copied = []
+    original = buffers.real_transitions
+    monkeypatch.setattr(buffers, "real_transitions", lambda b, d, rows: copied.append(len(rows)) or original(b, d, rows))
+    buffer, resident = real_buffer(100, rows=50), ResidentTransitions()
+    resident.update(buffer, 50)
+    row = np.zeros((1, 2, 1))
+    for _ in range(3):
+        buffer.add(row, row, np.zeros((1, 3)), np.zeros(1), np.zeros(1), [{}])
+    resident.update(buffer, 3)
+    resident.update(buffer, 0)
+    assert copied == [50, 3, 0]
 
 
 def test_timeouts_are_valid_and_not_terminal():

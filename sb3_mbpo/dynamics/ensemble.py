@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 import torch as th
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+
+from sb3_mbpo.adam import Tensors
 
 # Weight decay of the first, the second, the middle and the last layer (authors' release)
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
@@ -125,26 +128,27 @@ class Ensemble(nn.Module):
     ) -> tuple[th.Tensor, th.Tensor]:
         hidden = (inputs - self.input_mean) / self.input_std
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            hidden = F.silu(th.baddbmm(bias, hidden, weight))
-        mean, log_var = th.baddbmm(biases[-1], hidden, weights[-1]).chunk(2, dim=-1)
+            hidden = F.silu(th.bmm(hidden, weight) + bias)
+        mean, log_var = (th.bmm(hidden, weights[-1]) + biases[-1]).chunk(2, dim=-1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
         return mean, log_var
 
-    def loss(self, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    def loss(self, inputs: th.Tensor, targets: th.Tensor, parameters: Tensors | None = None) -> th.Tensor:
         """
         What training minimises: the likelihood of every member on its own batch, weight decay, and the penalty
         on the log-variance bounds.
 
         :param inputs: ``(n_members, batch, obs_dim + action_dim)``
         :param targets: ``(n_members, batch, 1 + obs_dim)``
+        :param parameters: In place of its own, by their names
         :return: A scalar
         """
-        mean, log_var = self(inputs)
-        decay = sum(
-            wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(self.weights)), self.weights, strict=True)
-        )
-        bounds = BOUND_PENALTY * (self.max_log_var.sum() - self.min_log_var.sum())
+        parameters = dict(self.named_parameters()) if parameters is None else parameters
+        mean, log_var = functional_call(self, parameters, (inputs,))
+        weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
+        decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
+        bounds = BOUND_PENALTY * (parameters["max_log_var"].sum() - parameters["min_log_var"].sum())
         return gaussian_nll(mean, log_var, targets).sum() + decay + bounds
 
     @th.no_grad()

@@ -1,9 +1,12 @@
 """Fitting the ensemble: bootstraps, holdout, early stopping, best weights of each member, elites."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch as th
+from torch.func import grad_and_value
 
+from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
 from sb3_mbpo.dynamics.ensemble import Ensemble
 
 BATCH_SIZE = 256
@@ -13,6 +16,9 @@ MAX_HOLDOUT = 5_000
 MIN_IMPROVEMENT = 0.01
 # Epochs without improvement of any member after which training stops
 PATIENCE = 5
+
+# What `train_step` is compiled to
+CompiledStep = Callable[[Ensemble, TrainState, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
 
 class FitResult(NamedTuple):
@@ -58,6 +64,28 @@ def shuffle_rows(indices: th.Tensor) -> th.Tensor:
     return indices.gather(1, th.rand(indices.shape, device=indices.device).argsort(dim=1))
 
 
+def train_step(
+    ensemble: Ensemble, state: TrainState, inputs: th.Tensor, targets: th.Tensor, coefficients: th.Tensor
+) -> th.Tensor:
+    """
+    One step of Adam, in place, as a function of tensors that can be compiled to one graph.
+
+    :param ensemble: Architecture and input statistics
+    :param state: Changed
+    :param inputs: ``(n_members, batch, obs_dim + action_dim)``
+    :param targets: ``(n_members, batch, 1 + obs_dim)``
+    :param coefficients: Adam's, ``(7,)``
+    :return: Loss before the step
+    """
+
+    def loss(parameters: Tensors) -> th.Tensor:
+        return ensemble.loss(inputs, targets, parameters)
+
+    gradients, value = grad_and_value(loss)(state.parameters)
+    adam_step(state, gradients, coefficients)
+    return value
+
+
 class BestWeights:
     """
     The best weights of each member so far, by its holdout error.
@@ -91,7 +119,76 @@ class BestWeights:
             parameter.copy_(saved)
 
 
-def fit(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> FitResult:
+def _train_state(ensemble: Ensemble) -> TrainState:
+    """The ensemble's own tensors, not copies."""
+    names = [name for name, _ in ensemble.named_parameters()]
+    return TrainState(*(dict(zip(names, each, strict=True)) for each in live_tensors(ensemble.optimizer)))
+
+
+@th.no_grad()
+def try_step(ensemble: Ensemble, step: CompiledStep) -> None:
+    """
+    Make a step on a copy, on a batch of zeros: it is compiled then.
+
+    :param ensemble: Not changed
+    :param step: What :func:`train_step` is compiled to
+    """
+    n_in, n_out = ensemble.weights[0].shape[1], ensemble.weights[-1].shape[2] // 2
+    inputs, targets = (ensemble.input_mean.new_zeros(ensemble.n_members, BATCH_SIZE, n) for n in (n_in, n_out))
+    state = TrainState(*({name: tensor.clone() for name, tensor in each.items()} for each in _train_state(ensemble)))
+    ensemble.train()
+    step(ensemble, state, inputs, targets, coefficients(ensemble.optimizer, 1)[0])
+    ensemble.eval()
+
+
+def train_epoch(
+    ensemble: Ensemble,
+    inputs: th.Tensor,
+    targets: th.Tensor,
+    indices: th.Tensor,
+    compiled_step: CompiledStep | None = None,
+) -> th.Tensor:
+    """
+    One pass over each member's own rows.
+
+    :param ensemble: Trained in place
+    :param inputs: (obs, action), ``(n, obs_dim + action_dim)``
+    :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``
+    :param indices: Rows of each member in their order, ``(n_members, n_rows)``
+    :param compiled_step: What :func:`train_step` was compiled to, for the full batches
+    :return: Mean loss
+    """
+
+    def batch(rows: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        x, y = (array.index_select(0, rows.reshape(-1)).view(*rows.shape, -1) for array in (inputs, targets))
+        return x, y
+
+    losses = []
+    batches = list(indices.split(BATCH_SIZE, dim=1))
+    if compiled_step is not None:
+        n_full = indices.shape[1] // BATCH_SIZE
+        full, batches = batches[:n_full], batches[n_full:]
+        state = _train_state(ensemble)
+        with th.no_grad():
+            for rows, numbers in zip(full, coefficients(ensemble.optimizer, n_full).unbind(), strict=True):
+                losses.append(compiled_step(ensemble, state, *batch(rows), numbers))
+        count_steps(ensemble.optimizer, n_full)
+    for rows in batches:
+        loss = ensemble.loss(*batch(rows))
+        ensemble.optimizer.zero_grad()
+        loss.backward()
+        ensemble.optimizer.step()
+        losses.append(loss.detach())
+    return th.stack(losses).mean()
+
+
+def fit(
+    ensemble: Ensemble,
+    inputs: th.Tensor,
+    targets: th.Tensor,
+    max_epochs: int | None = None,
+    compiled_step: CompiledStep | None = None,
+) -> FitResult:
     """
     Train the ensemble from its present weights until no member improves on held-out data (paper, section 5 and
     Appendix C; details of the authors' release).
@@ -99,6 +196,8 @@ def fit(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> FitResult:
     :param ensemble: Trained in place
     :param inputs: (obs, action), ``(n, obs_dim + action_dim)``, float32
     :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``, float32
+    :param max_epochs: Epochs after which training stops in any case
+    :param compiled_step: What :func:`train_step` was compiled to
     :return: Losses and number of epochs
     :raises ValueError: if there are fewer than two rows, if a row is not finite, or if training diverges;
         the ensemble then has the weights it had before
@@ -115,22 +214,15 @@ def fit(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> FitResult:
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     best = BestWeights(ensemble)
     ensemble.set_input_stats(inputs[train])
-    indices = bootstrap(len(train), ensemble.n_members, inputs.device)
+    indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
+    held_out = inputs[holdout], targets[holdout]
     ensemble.train()
     epochs, epochs_since_improvement = 0, 0
-    while epochs_since_improvement < PATIENCE:
+    while epochs_since_improvement < PATIENCE and (max_epochs is None or epochs < max_epochs):
         indices = shuffle_rows(indices)
-        losses = []
-        for batch in indices.split(BATCH_SIZE, dim=1):
-            rows = train[batch]
-            loss = ensemble.loss(inputs[rows], targets[rows])
-            ensemble.optimizer.zero_grad()
-            loss.backward()
-            ensemble.optimizer.step()
-            losses.append(loss.detach())
+        train_loss = train_epoch(ensemble, inputs, targets, indices, compiled_step)
         epochs += 1
-        mse = ensemble.mse(inputs[holdout], targets[holdout])
-        train_loss = th.stack(losses).mean()
+        mse = ensemble.mse(*held_out)
         if not (th.isfinite(mse).all() and th.isfinite(train_loss)):
             ensemble.load_state_dict(before)
             ensemble.optimizer.state.clear()
