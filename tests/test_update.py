@@ -148,12 +148,12 @@ def test_compiled_it_gives_the_same_numbers(name):
     """100 updates, in calls of several; each agent is compiled for itself or finds the graph of an equal one."""
     ours, sb3s = (make_sac(**CONFIGURATIONS[name]) for _ in range(2))
     start = state_of(ours)
-    try_update(ours, BATCH_SIZE, compiled(sac_update))
+    try_update(ours, BATCH_SIZE, compiled(sac_update, "cpu"))
     assert_equal({key: state_of(ours)[key] for key in start}, start)
     for i in range(4):
         data = make_data(25, seed=i)
         expected_losses = sb3_updates(sb3s, *data)
-        losses = run_updates(ours, *data, compiled(sac_update)).mean(dim=0)
+        losses = run_updates(ours, *data, compiled(sac_update, "cpu")).mean(dim=0)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-6)
     assert_equal(state_of(ours), state_of(sb3s))
 

@@ -7,6 +7,7 @@ import torch as th
 from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
+from sb3_mbpo.compilation import call_each
 from sb3_mbpo.dynamics.ensemble import Ensemble
 
 BATCH_SIZE = 256
@@ -137,7 +138,7 @@ def try_step(ensemble: Ensemble, step: CompiledStep) -> None:
     inputs, targets = (ensemble.input_mean.new_zeros(ensemble.n_members, BATCH_SIZE, n) for n in (n_in, n_out))
     state = TrainState(*({name: tensor.clone() for name, tensor in each.items()} for each in _train_state(ensemble)))
     ensemble.train()
-    step(ensemble, state, inputs, targets, coefficients(ensemble.optimizer, 1)[0])
+    call_each(step, [(ensemble, state, inputs, targets, coefficients(ensemble.optimizer, 1)[0])])
     ensemble.eval()
 
 
@@ -170,8 +171,9 @@ def train_epoch(
         full, batches = batches[:n_full], batches[n_full:]
         state = _train_state(ensemble)
         with th.no_grad():
-            for rows, numbers in zip(full, coefficients(ensemble.optimizer, n_full).unbind(), strict=True):
-                losses.append(compiled_step(ensemble, state, *batch(rows), numbers))
+            numbers = coefficients(ensemble.optimizer, n_full).unbind()
+            steps = ((ensemble, state, *batch(rows), row) for rows, row in zip(full, numbers, strict=True))
+            losses += call_each(compiled_step, steps)
         count_steps(ensemble.optimizer, n_full)
     for rows in batches:
         loss = ensemble.loss(*batch(rows))
