@@ -64,6 +64,7 @@ setup(
     extras_require={
         "zoo": ZOO,
         "demo": ["gymnasium[mujoco]", "matplotlib", "tqdm", "rich"],
+        "benchmarks": ["gymnasium[mujoco]", "sbx-rl>=0.20", "rich"],
         "docs": ["sphinx", "sphinx-rtd-theme"],
         "tests": [
             *ZOO,

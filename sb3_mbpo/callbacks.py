@@ -126,10 +126,17 @@ class DynamicsCallback(BaseCallback):
             if self.termination_fn is None:
                 agent.termination_classifier.fit(next_obs, terminated)
             mismatch = (self._termination(obs, actions, next_obs) != terminated).float().mean().item()
+        seconds = agent.seconds["model"] - seconds
+        if self.verbose >= 1:
+            # The log keeps only the last one before it is written
+            print(
+                f"Model training at step {agent.lifetime_timesteps:,} on {len(obs):,} transitions: {result.epochs} epochs, "
+                f"{seconds:.1f} s, holdout MSE {result.holdout_mse:.4g}"
+            )
         self.logger.record("model/train_loss", result.train_loss)
         self.logger.record("model/holdout_mse", result.holdout_mse)
         self.logger.record("model/epochs", result.epochs)
-        self.logger.record("model/training_seconds", agent.seconds["model"] - seconds)
+        self.logger.record("model/training_seconds", seconds)
         self.logger.record("model/termination_mismatch", mismatch)
 
     def _generate_rollouts(self, transitions: Transitions) -> None:
