@@ -32,6 +32,7 @@ from rich.table import Table
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
+from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.buffers import ModelReplayBuffer, ResidentTransitions, model_buffer_size
@@ -40,6 +41,7 @@ from sb3_mbpo.compilation import compiled
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import rollout
 from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_epoch, train_step, try_step
+from sb3_mbpo.update import sac_update, try_update
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "Hopper": ("Hopper-v5", {}),
@@ -107,6 +109,38 @@ def milliseconds(
         yield result._replace(values=[1e3 / value for value in result.values])
 
 
+def products_alone(function: Callable[[], None], size: tuple[int, int, int]) -> Callable[[], None]:
+    """
+    The limit: no version of a function can be faster than its matrix products.
+
+    :param function: Whose floating-point operations are counted
+    :param size: Of a typical product in it: how many at once, rows, columns
+    :return: Makes such products of as many operations
+    """
+    with FlopCounterMode(display=False) as counter:
+        function()
+    n_products, rows, columns = size
+    left, right = th.randn(n_products, rows, columns), th.randn(n_products, columns, columns)
+    out = th.empty(n_products, rows, columns)
+    times = round(counter.get_total_flops() / (2 * left.numel() * columns))
+
+    def run() -> None:
+        for _ in range(times):
+            th.bmm(left, right, out=out)
+
+    return run
+
+
+def repeated(function: Callable[[], None], n: int) -> Callable[[], None]:
+    """Call a function ``n`` times."""
+
+    def run() -> None:
+        for _ in range(n):
+            function()
+
+    return run
+
+
 def make_env(task: str) -> gym.Env[Any, Any]:
     """
     :param task: Key of ``TASKS``
@@ -145,7 +179,12 @@ def updates(task: str, rounds: int) -> Iterator[Result]:
         cases["SBX SAC"] = sbx
     for each in cases.values():
         each.set_logger(configure(None, []))
-    seconds = alternate({name: partial(each.train, GRADIENT_STEPS, MINIBATCH) for name, each in cases.items()}, rounds)
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(each.train, GRADIENT_STEPS, MINIBATCH) for name, each in cases.items()
+    }
+    products = products_alone(lambda: try_update(sac, MINIBATCH, sac_update), (2, MINIBATCH, 256))
+    runs["its matrix products alone"] = repeated(products, GRADIENT_STEPS)
+    seconds = alternate(runs, rounds)
     yield from rates(f"gradient updates, {task}", seconds, GRADIENT_STEPS, "updates/s", "SB3 SAC")
 
 
@@ -165,10 +204,12 @@ def model_training(task: str, rounds: int) -> Iterator[Result]:
     ensemble = Ensemble(obs_dim, action_dim, [200] * 4, 7, 5, 1e-3)
     arrays = random_batches(obs_dim, action_dim, 7, n_batches)
     try_step(ensemble, compiled(train_step, "cpu"))
+    products = products_alone(lambda: try_step(ensemble, train_step), (7, BATCH_SIZE, 200))
     seconds = alternate(
         {
             "eager": lambda: train_epoch(ensemble, *arrays),
             "compiled": lambda: train_epoch(ensemble, *arrays, compiled(train_step, "cpu")),
+            "its matrix products alone": repeated(products, n_batches),
         },
         rounds,
     )

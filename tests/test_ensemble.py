@@ -265,14 +265,14 @@ def test_fit_follows_the_paper(monkeypatch):
         for other in range(member):
             assert not epochs[0][member].sort().values.equal(epochs[0][other].sort().values)
 
-    # Early stopping and best weights, replayed: more than 1 % counts, five epochs of patience
+    # Early stopping and best weights, replayed: more than 1 % counts, and the patience is 80 steps, here of two an epoch
     best, best_epoch, idle, stop = np.full(n_members, np.inf), np.zeros(n_members, dtype=int), 0, None
     for epoch, error in enumerate(errors):
         improved = [(best[m] - error[m]) > 0.01 * best[m] if np.isfinite(best[m]) else True for m in range(n_members)]
         for member in np.flatnonzero(improved):
             best[member], best_epoch[member] = error[member], epoch
         idle = 0 if any(improved) else idle + 1
-        if idle == 5:
+        if idle == 40:
             stop = epoch + 1
             break
     assert result.epochs == stop == len(errors)
@@ -285,6 +285,13 @@ def test_fit_follows_the_paper(monkeypatch):
     assert ensemble.elites.long().tolist() == np.argsort(best)[:2].tolist()
     assert result.holdout_mse == pytest.approx(np.sort(best)[:2].mean())
     assert not ensemble.training and ensemble.is_fitted
+
+
+@pytest.mark.parametrize("n, patience", [(300, 80), (1_000, 20), (4_900, 5), (5_100, 5), (8_000, 5)])
+def test_patience_is_five_epochs_and_eighty_steps(n, patience, monkeypatch):
+    """1, 4, 16, 16 and 25 batches in an epoch, of 80 % of the rows; the first epoch improves, none after it."""
+    monkeypatch.setattr(Ensemble, "mse", lambda self, x, y: th.ones(self.n_members))
+    assert fit(make_ensemble(hidden_sizes=(4,)), *numbered_data(n)).epochs == 1 + patience
 
 
 def test_fit_learns_the_bounds_and_restandardises():

@@ -10,7 +10,8 @@ from tests.agents import make_agent
 from tests.envs import CountingEnv
 
 KEYS = {
-    *("model/train_loss", "model/holdout_mse", "model/epochs", "model/termination_mismatch"),
+    *("model/train_loss", "model/holdout_mse", "model/epochs", "model/training_seconds", "model/termination_mismatch"),
+    *("model/model_buffer_gb", "model/compiled", "train/compiled", "time/compile_seconds"),
     *("model/rollout_length", "model/rollout_length_mean", "model/model_buffer_size", "model/real_buffer_size"),
     *("time/env_seconds", "time/model_seconds", "time/rollouts_seconds", "time/updates_seconds"),
 }
@@ -49,9 +50,14 @@ def test_numbers(rows):
         # The function calls every second row terminal, the environment none but one in thirty
         assert float(row["model/termination_mismatch"]) == pytest.approx(0.5, abs=0.06)
         assert np.isfinite(float(row["model/train_loss"]))
-    seconds = {key: [float(row[key]) for row in rows] for key in KEYS if key.endswith("seconds")}
+    seconds = {key: [float(row[key] or 0) for row in rows] for key in KEYS if key.endswith("seconds")}
+    assert {row["time/compile_seconds"] for row in rows} == {rows[0]["time/compile_seconds"]}
+    assert {row["train/compiled"] for row in rows} == {row["model/compiled"] for row in rows} == {"0"}
+    # 20 trainings per 1,000 steps, 100 rollouts of length 4 each, 2 + 1 + 2 + 1 + 1 numbers of 4 bytes
+    assert float(rows[-1]["model/model_buffer_gb"]) == pytest.approx(20 * 100 * 4 * 7 * 4 / 1e9)
     for key, values in seconds.items():
-        assert values == sorted(values), key
+        if key.startswith("time/") and key != "time/compile_seconds":
+            assert values == sorted(values), key
         assert values[-1] > 0, key
     assert seconds["time/model_seconds"][1] == seconds["time/updates_seconds"][1] == 0
 
@@ -95,3 +101,14 @@ def test_progress_bar_says_what_it_waits_for(monkeypatch):
         *((61, "Training the dynamics model"), (61, "")),
         *((61, "Generating model rollouts"), (61, "")),
     ]
+
+
+def test_every_model_training_is_reported(capsys):
+    """Also those between two lines of the log."""
+    make_agent(verbose=1).learn(170)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Model training")]
+    assert [line.split(" transitions")[0] for line in lines] == [
+        f"Model training at step {step} on {step}" for step in (61, 111, 161)
+    ]
+    for line in lines:
+        assert int(line.split(": ")[1].split()[0]) >= 5 and " s, holdout MSE " in line

@@ -433,4 +433,4 @@ def test_rollouts_run_in_eval_mode(monkeypatch):
 
 def test_constants_of_training():
     assert (training.BATCH_SIZE, training.HOLDOUT_RATIO, training.MAX_HOLDOUT) == (256, 0.2, 5_000)
-    assert (training.MIN_IMPROVEMENT, training.PATIENCE) == (0.01, 5)
+    assert (training.MIN_IMPROVEMENT, training.PATIENCE, training.MIN_PATIENCE_STEPS) == (0.01, 5, 80)
