@@ -91,7 +91,8 @@ def real_transitions(
 
 class ResidentTransitions:
     """
-    All transitions of a replay buffer as tensors, on the device, of which only those are copied that are new.
+    All transitions of a replay buffer as tensors, on the device, of which only those are copied that are new. What is
+    overwritten in place, other than by the buffer's own ``add``, is not noticed.
 
     :param device: Where to put the tensors
     """
@@ -100,7 +101,7 @@ class ResidentTransitions:
         self.device = device
         self._columns: Transitions | None = None
         self._source: Callable[[], ReplayBuffer | None] = lambda: None
-        self._pos = 0
+        self._pos = self._n = 0
 
     def update(self, replay_buffer: ReplayBuffer, n_steps: int) -> Transitions:
         """
@@ -108,11 +109,12 @@ class ResidentTransitions:
         :param n_steps: Transitions that were added to it since last time
         :return: What :func:`real_transitions` returns, in the order of the buffer's rows
         """
-        if replay_buffer.optimize_memory_usage:
-            # Whether a row is valid changes with time
+        if replay_buffer.optimize_memory_usage or type(replay_buffer).add is not ReplayBuffer.add:
+            # Whether a row is valid changes with time; a user's own buffer may write anywhere
             return real_transitions(replay_buffer, self.device)
         n = n_transitions(replay_buffer)
-        if self._columns is None or self._source() is not replay_buffer or n_steps >= max_transitions(replay_buffer):
+        is_another = self._source() is not replay_buffer or n < self._n
+        if self._columns is None or is_another or n_steps >= max_transitions(replay_buffer):
             rows = np.arange(replay_buffer.size())
         else:
             n_new = (replay_buffer.pos - self._pos) % replay_buffer.buffer_size
@@ -129,7 +131,7 @@ class ResidentTransitions:
         index = th.as_tensor(rows[:, None] * replay_buffer.n_envs + np.arange(replay_buffer.n_envs)).flatten()
         for column, values in zip(self._columns, new, strict=True):
             column[index.to(self.device)] = values
-        self._source, self._pos = weakref.ref(replay_buffer), replay_buffer.pos
+        self._source, self._pos, self._n = weakref.ref(replay_buffer), replay_buffer.pos, n
         return Transitions(*(column[:n] for column in self._columns))
 
 
@@ -297,8 +299,24 @@ class MixedReplayBuffer:
         :param env: Normalises observations and rewards, as in SB3's buffers
         :return: The batch
         """
+        if self._n_real(batch_size) == batch_size:
+            # Whatever the user's buffer may add to it
+            return self.replay_buffer.sample(batch_size, env=env)
         batches = self.sample_batches(1, batch_size, env)
         return ReplayBufferSamples(*(None if column is None else column[0] for column in batches))  # type: ignore[arg-type]
+
+    def _n_real(self, batch_size: int) -> int:
+        return int(batch_size * self.real_ratio) if self.model_buffer.size() > 0 else batch_size
+
+    def _sample_real(self, n_batches: int, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
+        """``n`` transitions for each batch, one batch after the other."""
+        buffer = type(self.replay_buffer)
+        if all(each.__module__.startswith("stable_baselines3.") for each in (buffer.sample, buffer._get_samples)):
+            return self.replay_buffer.sample(n_batches * n, env=env)
+        # A user's own buffer may depend on what a batch is: without replacement, for instance
+        samples = [self.replay_buffer.sample(n, env=env) for _ in range(n_batches)]
+        names = [name for name in ReplayBufferSamples._fields if getattr(samples[0], name, None) is not None]
+        return ReplayBufferSamples(**{name: th.cat([getattr(sample, name) for sample in samples]) for name in names})
 
     def sample_batches(self, n_batches: int, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
@@ -314,13 +332,13 @@ class MixedReplayBuffer:
             columns = (None if column is None else column.reshape(n_batches, -1, *column.shape[1:]) for column in samples)
             return ReplayBufferSamples(*columns)  # type: ignore[arg-type]
 
-        n_real = int(batch_size * self.real_ratio) if self.model_buffer.size() > 0 else batch_size
+        n_real = self._n_real(batch_size)
         if n_real == batch_size:
-            return in_batches(self.replay_buffer.sample(n_batches * n_real, env=env))
+            return in_batches(self._sample_real(n_batches, n_real, env))
         generated = in_batches(self.model_buffer.sample(n_batches * (batch_size - n_real), env=env))
         if n_real == 0:
             return generated
-        real = in_batches(self.replay_buffer.sample(n_batches * n_real, env=env))
+        real = in_batches(self._sample_real(n_batches, n_real, env))
         if real.discounts is not None:
             generated = generated._replace(discounts=th.full_like(generated.rewards, self.gamma))
         columns = (None if a is None or b is None else th.cat([a, b], dim=1) for a, b in zip(real, generated, strict=True))

@@ -34,7 +34,7 @@ from sb3_mbpo.dynamics.termination import TerminationClassifier
 from sb3_mbpo.dynamics.training import train_step, try_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
 from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, rollout_length
-from sb3_mbpo.update import not_covered, run_updates, sac_update, try_update
+from sb3_mbpo.update import not_covered, optimizers, run_updates, sac_update, try_update
 
 __all__ = ["MBPO", "MlpPolicy", "UnsupportedSpaceError"]
 
@@ -154,10 +154,10 @@ class MBPO(SAC):
         the model predicts the reward.
     :param model_max_epochs: Epochs after which a training of the model stops even if it still improves. None: the paper's
         rule alone
-    :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``), several times as
-        fast as otherwise. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++ compiler.
-        "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, a line says why,
-        and SB3's own ``SAC.train`` is used.
+    :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): more than twice
+        and one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
+        compiler. "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, SB3's own
+        ``SAC.train`` is used; why is printed (``verbose=1``), or, with True, a warning.
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
 
@@ -312,15 +312,29 @@ class MBPO(SAC):
             obs_dim, action_dim, self.model_hidden_sizes, self.ensemble_size, self.num_elites, self.model_learning_rate
         ).to(self.device)
         self.termination_classifier = TerminationClassifier(obs_dim).to(self.device)
-        # For rollouts of the present length, and of the longest to come
+        self.model_buffer = self._make_model_buffer()
+        if self.verbose >= 1 and self.real_ratio < 1:
+            room, gigabytes = len(self.model_buffer.rewards), self.model_buffer.n_bytes / 1e9
+            print(f"Model buffer: room for {room:,} generated transitions, {gigabytes:.2f} GB when it is full")
+
+    def _make_model_buffer(self) -> ModelReplayBuffer:
+        """For rollouts of the present length, with room for the longest to come."""
+        assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
+        now, longest = rollout_length(self.rollout_schedule, self.lifetime_timesteps), max(self.rollout_schedule[2:])
         capacity, max_capacity = (
             model_buffer_size(self.model_retain_epochs, self.model_train_freq, self.rollout_batch_size, length)
-            for length in (rollout_length(self.rollout_schedule, self.lifetime_timesteps), max(self.rollout_schedule[2:]))
+            for length in (now, longest)
         )
-        self.model_buffer = ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device, max_capacity)
-        if self.verbose >= 1 and self.real_ratio < 1:
-            gigabytes = self.model_buffer.n_bytes / 1e9
-            print(f"Model buffer: room for {max_capacity:,} generated transitions, {gigabytes:.2f} GB when it is full")
+        if self.real_ratio == 1:
+            capacity = max_capacity = 1
+        try:
+            return ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device, max_capacity)
+        except RuntimeError as error:
+            raise ValueError(
+                f"There is no memory for {max_capacity:,} generated transitions ({str(error).splitlines()[0]}). Lower "
+                f"`rollout_batch_size` ({self.rollout_batch_size:,}), `model_retain_epochs` ({self.model_retain_epochs}), or "
+                f"the longest rollouts of `rollout_schedule` ({longest})."
+            ) from error
 
     @property
     def mixed_buffer(self) -> MixedReplayBuffer:
@@ -407,7 +421,10 @@ class MBPO(SAC):
         if gradient_steps == 0:
             return
         start = time.perf_counter()
-        if self.is_compiled["updates"]:
+        # Anew each time, as users may have changed the agent
+        is_compiled = self.is_compiled["updates"] and bool(self.compile) and not_covered(self) is None
+        self.logger.record("train/compiled", int(is_compiled))
+        if is_compiled:
             self._train_compiled(gradient_steps, batch_size)
         else:
             replay_buffer = self.replay_buffer
@@ -422,10 +439,7 @@ class MBPO(SAC):
     def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
         """What ``SAC.train`` does, with all batches sampled at once and the updates compiled."""
         self.policy.set_training_mode(True)
-        optimizers = [self.actor.optimizer, self.critic.optimizer]
-        if self.ent_coef_optimizer is not None:
-            optimizers.append(self.ent_coef_optimizer)
-        self._update_learning_rate(optimizers)
+        self._update_learning_rate(optimizers(self))
         samples = self.mixed_buffer.sample_batches(gradient_steps, batch_size, env=self._vec_normalize_env)
         noise = th.randn(2, *samples.actions.shape, device=self.device)
         critic_loss, actor_loss, ent_coef_loss, ent_coef = (
@@ -480,7 +494,7 @@ class MBPO(SAC):
             else:
                 message = f"Not compiled: {which}, because {reason}"
                 if self.compile is True:
-                    warnings.warn(message, stacklevel=2)
+                    warnings.warn(message, stacklevel=5)
                     continue
             if self.verbose >= 1:
                 print(message)
@@ -520,7 +534,6 @@ class MBPO(SAC):
         """
         Write log data.
         """
-        self.logger.record("train/compiled", int(self.is_compiled["updates"]))
         self.logger.record("model/compiled", int(self.is_compiled["model"]))
         for name, seconds in self.seconds.items():
             self.logger.record(f"time/{name}_seconds", seconds)

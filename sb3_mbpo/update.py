@@ -5,7 +5,7 @@ whole of it compiles to one graph. Its numbers are those of ``SAC.train``.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch as th
 from stable_baselines3 import SAC
@@ -16,7 +16,6 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, is_plain_adam, live_tensors
-from sb3_mbpo.compilation import call_each
 
 
 class Gaussian(nn.Module):
@@ -59,7 +58,7 @@ class State(NamedTuple):
     :param actor: The actor
     :param critic: The critics
     :param target: The target critics' parameters
-    :param ent_coef: The logarithm of the entropy coefficient, ``(1,)``; without moments if it is fixed
+    :param ent_coef: ``log_ent_coef``, ``(1,)``; or, if the entropy coefficient is fixed, ``ent_coef`` itself, without moments
     """
 
     actor: TrainState
@@ -132,7 +131,7 @@ def q_values(critic: nn.Module, parameters: Tensors, obs: th.Tensor, actions: th
     :return: ``(n_critics, batch, 1)``
     """
     inputs = th.cat([obs, actions], dim=1)
-    return vmap(lambda one: functional_call(critic, one, (inputs,)), randomness="different")(parameters)
+    return vmap(lambda one: functional_call(critic, one, (inputs,)))(parameters)
 
 
 def update_critic(networks: Networks, state: State, batch: Batch, ent_coef: th.Tensor, settings: Settings) -> th.Tensor:
@@ -207,7 +206,8 @@ def sac_update(networks: Networks, state: State, batch: Batch, settings: Setting
     :param settings: Adam's coefficients, target entropy, tau
     :return: Loss of the critics, of the actor, of the entropy coefficient, and the latter from before: ``(4,)``
     """
-    ent_coef = state.ent_coef.parameters["log_ent_coef"].exp()
+    is_fixed = not state.ent_coef.first
+    ent_coef = state.ent_coef.parameters["ent_coef"] if is_fixed else state.ent_coef.parameters["log_ent_coef"].exp()
     critic_loss = update_critic(networks, state, batch, ent_coef, settings)
     actor_loss, log_prob = update_actor(networks, state, batch, ent_coef, settings)
     ent_coef_loss = update_ent_coef(state, log_prob, settings)
@@ -216,6 +216,15 @@ def sac_update(networks: Networks, state: State, batch: Batch, settings: Setting
 
 
 # --- On an agent of SB3 ----------------------------------------------------------------------------------------------
+
+
+def optimizers(agent: SAC) -> list[th.optim.Optimizer]:
+    """
+    :param agent: SAC or a subclass
+    :return: The actor's, the critics' and, if the entropy coefficient is learned, its optimizer
+    """
+    own = (agent.actor.optimizer, agent.critic.optimizer, agent.ent_coef_optimizer)
+    return [optimizer for optimizer in own if optimizer is not None]
 
 
 def not_covered(agent: SAC) -> str | None:
@@ -227,19 +236,22 @@ def not_covered(agent: SAC) -> str | None:
         return f"the policy is a {type(agent.policy).__name__}"
     if agent.use_sde:
         return "gSDE is in use"
-    for module in (agent.actor, agent.critic, agent.critic_target):
-        if type(module.features_extractor) is not FlattenExtractor:
-            return f"the features extractor is a {type(module.features_extractor).__name__}"
-        if list(module.buffers()):
+    for network in (agent.actor, agent.critic, agent.critic_target):
+        if type(network.features_extractor) is not FlattenExtractor:
+            return f"the features extractor is a {type(network.features_extractor).__name__}"
+        if list(network.buffers()):
             return "a network keeps statistics"
-    optimized: list[tuple[th.optim.Optimizer, list[th.Tensor]]] = [
-        (module.optimizer, list(module.parameters())) for module in (agent.actor, agent.critic)
-    ]
-    if agent.ent_coef_optimizer is not None and agent.log_ent_coef is not None:
-        optimized.append((agent.ent_coef_optimizer, [agent.log_ent_coef]))
-    for optimizer, parameters in optimized:
+        for module in network.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd | nn.RReLU):
+                return f"{type(module).__name__} acts at random"
+    optimized: list[list[Any]] = [list(agent.actor.parameters()), list(agent.critic.parameters()), [agent.log_ent_coef]]
+    for optimizer, parameters in zip(optimizers(agent), optimized, strict=False):
         if not is_plain_adam(optimizer, parameters):
-            return f"the optimizer is not a plain Adam but {optimizer}"
+            return f"the optimizer is not a plain Adam of one parameter group: {optimizer}"
+        if any(not parameter.requires_grad or parameter._backward_hooks for parameter in optimizer.param_groups[0]["params"]):
+            return "a parameter is frozen or has a hook"
+        if len({float(state["step"]) for state in optimizer.state.values() if state}) > 1:
+            return "Adam has made more steps with some parameters than with others"
     return None
 
 
@@ -265,7 +277,7 @@ def read_state(agent: SAC) -> State:
     if agent.ent_coef_optimizer is not None:
         ent_coef = TrainState(*(_copy(["log_ent_coef"], tensors) for tensors in live_tensors(agent.ent_coef_optimizer)))
     else:
-        ent_coef = TrainState({"log_ent_coef": agent.ent_coef_tensor.log().reshape(1)}, {}, {})
+        ent_coef = TrainState({"ent_coef": agent.ent_coef_tensor.reshape(1)}, {}, {})
     return State(
         actor=TrainState(*(_copy(actor_names, tensors) for tensors in live_tensors(agent.actor.optimizer))),
         critic=TrainState(*(_stack(critic_names, tensors) for tensors in live_tensors(agent.critic.optimizer))),
@@ -344,11 +356,10 @@ def run_updates(agent: SAC, samples: ReplayBufferSamples, noise: th.Tensor, upda
     :return: What ``update`` returned each time, ``(n_updates, 4)``
     """
     networks, state, arguments = prepare_updates(agent, samples, noise)
-    results = call_each(update, ((networks, state, *each) for each in arguments))
+    results = [update(networks, state, batch, settings) for batch, settings in arguments]
     write_state(agent, state)
-    for optimizer in (agent.actor.optimizer, agent.critic.optimizer, agent.ent_coef_optimizer):
-        if optimizer is not None:
-            count_steps(optimizer, len(results))
+    for optimizer in optimizers(agent):
+        count_steps(optimizer, len(results))
     return th.stack(results)
 
 
@@ -369,4 +380,4 @@ def try_update(agent: SAC, batch_size: int, update: Update) -> None:
     obs, action = zeros(*agent.observation_space.shape), zeros(*agent.action_space.shape)
     samples = ReplayBufferSamples(obs, action, obs, zeros(1), zeros(1))
     networks, state, arguments = prepare_updates(agent, samples, th.stack([action, action]))
-    call_each(update, [(networks, state, *arguments[0])])
+    update(networks, state, *arguments[0])

@@ -4,15 +4,23 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+from torch.distributions import normal
 
-from sb3_mbpo import MBPO, mbpo
-from sb3_mbpo.compilation import call_each, compiled
+from sb3_mbpo import MBPO, callbacks, mbpo
+from sb3_mbpo.buffers import MixedReplayBuffer, ModelReplayBuffer
+from sb3_mbpo.compilation import compiled
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_epoch, train_step, try_step
+from sb3_mbpo.update import optimizers
 from tests.agents import make_agent
 
 
@@ -57,9 +65,13 @@ def test_cap_on_epochs():
         (dict(gradient_steps=-1, train_freq=4), 1_060, 1_000),
         (dict(gradient_steps=5, train_freq=(1, "episode")), 1_060, 1_000),
         (dict(gradient_steps=20), 50, 0),
+        (dict(gradient_steps=20, env="two"), 1_060, 10_000),
+        (dict(gradient_steps=-1, env="two"), 1_060, 1_000),
     ],
 )
 def test_planned_updates(kwargs, total, updates):
+    if "env" in kwargs:
+        kwargs = {**kwargs, "env": make_vec_env("Pendulum-v1", n_envs=2)}
     agent = make_agent(**kwargs)
     agent._convert_train_freq()
     assert agent._planned_updates(total) == updates
@@ -137,7 +149,130 @@ def square(x):
 
 def test_more_sizes_than_torch_allows_by_itself():
     for n in range(2, 12):
-        assert call_each(compiled(square, "cpu"), [(th.full((n,), 3.0),)])[0].tolist() == [9.0] * n
+        assert compiled(square, "cpu")(th.full((n,), 3.0)).tolist() == [9.0] * n
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Nothing is compiled; what would be, and how often it was called."""
+    calls = Counter()
+
+    def compiled(function, device_type):
+        def call(*arguments):
+            calls[function.__name__] += 1
+            return function(*arguments)
+
+        return call
+
+    for module in (mbpo, callbacks):
+        monkeypatch.setattr(module, "compiled", compiled)
+    return calls
+
+
+class Recorded:
+    """
+    Stands in for the mixed buffer: gives batch after batch of those that another agent had.
+
+    :param batches: ``(n_batches, batch_size, ...)``
+    """
+
+    def __init__(self, batches):
+        self.batches, self.next = batches, 0
+
+    def sample(self, batch_size, env=None):
+        self.next += 1
+        return ReplayBufferSamples(*(None if column is None else column[self.next - 1] for column in self.batches))
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_the_compiled_path_of_an_agent_is_sacs_train(n_steps, graphs, monkeypatch):
+    """Normalised observations, a learning-rate schedule, real and generated transitions: weights, losses, counts."""
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=0))
+    agent = make_agent(env, compile=True, real_ratio=0.5, learning_rate=lambda progress: 1e-2 * progress, n_steps=n_steps)
+    agent.learn(100)
+    assert graphs["sac_update"] == agent._n_updates + 1 == 21 and graphs["train_step"] > 1
+    agent._current_progress_remaining = 0.3
+    sac = deepcopy(agent.policy), deepcopy(agent.log_ent_coef.detach())
+
+    batches, noises, n_generated = [], [], []
+    sample_batches, randn, sample = MixedReplayBuffer.sample_batches, th.randn, ModelReplayBuffer.sample
+
+    def watched_sample(self, batch_size, env=None):
+        n_generated.append(batch_size)
+        return sample(self, batch_size, env=env)
+
+    def watched_batches(self, n_batches, batch_size, env=None):
+        assert env is agent.get_vec_normalize_env()
+        batches.append(sample_batches(self, n_batches, batch_size, env=env))
+        return batches[-1]
+
+    def watched_noise(*shape, **kwargs):
+        noises.append(randn(*shape, **kwargs))
+        return noises[-1]
+
+    states = [deepcopy(optimizer.state_dict()) for optimizer in optimizers(agent)]
+    with monkeypatch.context() as patch:
+        patch.setattr(MixedReplayBuffer, "sample_batches", watched_batches)
+        patch.setattr(th, "randn", watched_noise)
+        patch.setattr(ModelReplayBuffer, "sample", watched_sample)
+        agent.train(7, 32)
+    logged = dict(agent.logger.name_to_value)
+    after = {name: tensor.clone() for name, tensor in agent.policy.state_dict().items()}
+    after["log_ent_coef"] = agent.log_ent_coef.detach().clone()
+    assert batches[0].rewards.shape == (7, 32, 1) and (batches[0].discounts is None) == (n_steps == 1)
+    # Half of each is real, all normalised
+    assert n_generated == [7 * 16] and batches[0].observations.abs().max() <= 10
+    assert noises[0].shape == (2, 7, 32, 1) and noises[0].std() == pytest.approx(1, abs=0.1)
+    assert not th.equal(noises[0][0], noises[0][1])
+
+    # Once more from the same start, with SB3's own `train`
+    agent.policy.load_state_dict(sac[0].state_dict())
+    agent.log_ent_coef.data.copy_(sac[1])
+    for optimizer, state in zip(optimizers(agent), states, strict=True):
+        optimizer.load_state_dict(state)
+    agent.compile = False
+    draws = iter(noises[0].transpose(0, 1).flatten(0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(MBPO, "mixed_buffer", Recorded(batches[0]))
+        patch.setattr(normal, "_standard_normal", lambda shape, dtype, device: next(draws))
+        agent.train(7, 32)
+    for name, tensor in [*agent.policy.state_dict().items(), ("log_ent_coef", agent.log_ent_coef.detach())]:
+        np.testing.assert_allclose(after[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
+    expected = agent.logger.name_to_value
+    for key in ("critic_loss", "actor_loss", "ent_coef", "ent_coef_loss", "learning_rate"):
+        assert logged[f"train/{key}"] == pytest.approx(expected[f"train/{key}"], rel=1e-4), key
+    assert logged["train/n_updates"] == 27 and expected["train/n_updates"] == 34
+    assert expected["train/learning_rate"] == pytest.approx(3e-3)
+
+
+def test_what_the_user_changes_between_updates_counts(graphs):
+    agent = make_agent(compile=True).learn(65)
+    assert graphs["sac_update"] == 1 + 5
+    for parameter in agent.actor.parameters():
+        parameter.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in agent.actor.state_dict().items()}
+    agent.train(1, 16)
+    assert agent.logger.name_to_value["train/compiled"] == 0
+    assert all(th.equal(before[name], tensor) for name, tensor in agent.actor.state_dict().items())
+    assert graphs["sac_update"] == 6
+    agent.actor.requires_grad_(True)
+    agent.train(1, 16)
+    agent.compile = False
+    agent.train(1, 16)
+    assert graphs["sac_update"] <= 7
+
+
+@pytest.mark.parametrize("error", [OSError(20, "Not a directory"), RuntimeError("not on this Python\nmore"), ValueError()])
+def test_whatever_stops_the_compiler_is_no_failure(error, monkeypatch, capsys):
+    def fails(*arguments):
+        raise error
+
+    for module in (mbpo, callbacks):
+        monkeypatch.setattr(module, "compiled", lambda function, device_type: fails)
+    monkeypatch.setattr(mbpo, "MIN_UPDATES_TO_COMPILE", 1)
+    agent = make_agent(verbose=1).learn(65, log_interval=1_000)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "ompiled:" in line]
+    assert f"because torch.compile failed: {type(error).__name__}" in line and agent._n_updates == 5
 
 
 LEARN = """
@@ -148,6 +283,15 @@ mbpo.MIN_UPDATES_TO_COMPILE = 1
 agent = make_agent(verbose=1, gradient_steps=10).learn(61, log_interval=None)
 print("updates", agent._n_updates, agent.is_compiled, "misses", counters["inductor"]["fxgraph_cache_miss"])
 """
+
+
+@pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_compilation_switched_off(switch, monkeypatch, capsys):
+    monkeypatch.setenv(switch, "1")
+    monkeypatch.setattr(mbpo, "MIN_UPDATES_TO_COMPILE", 1)
+    agent = make_agent(verbose=1).learn(62, log_interval=1_000)
+    assert f"because {switch} is set" in capsys.readouterr().out
+    assert agent.is_compiled == {"updates": False, "model": False} and agent._n_updates == 2
 
 
 def learn_in_a_process_of_its_own(tmp_path, **environment):

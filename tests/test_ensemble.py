@@ -255,24 +255,26 @@ def test_fit_follows_the_paper(monkeypatch):
     holdout_rows = set((held_out[0][0][:, 0] * n).round().int().tolist())
     per_epoch = len(seen) // result.epochs
     epochs = [th.cat(seen[i * per_epoch : (i + 1) * per_epoch], dim=1) for i in range(result.epochs)]
-    assert epochs[0].shape == (n_members, 480) and seen[0].shape[1] == 256
-    for epoch in epochs:
-        assert epoch.sort(dim=1).values.equal(epochs[0].sort(dim=1).values)
-    assert not epochs[0].equal(epochs[1])
+    # 480 rows, gone through nine times, each time in another order
+    assert epochs[0].shape == (n_members, 9 * 480) and seen[0].shape[1] == 256
+    passes = [one for epoch in epochs for one in epoch.split(480, dim=1)]
+    for one in passes:
+        assert one.sort(dim=1).values.equal(passes[0].sort(dim=1).values)
+    assert not passes[0].equal(passes[1]) and not passes[0].equal(passes[9])
     for member in range(n_members):
         assert holdout_rows.isdisjoint(epochs[0][member].tolist())
         assert len(epochs[0][member].unique()) == pytest.approx(480 * (1 - np.exp(-1)), abs=30)
         for other in range(member):
             assert not epochs[0][member].sort().values.equal(epochs[0][other].sort().values)
 
-    # Early stopping and best weights, replayed: more than 1 % counts, and the patience is 80 steps, here of two an epoch
+    # Early stopping and best weights, replayed: more than 1 % counts, five epochs of patience
     best, best_epoch, idle, stop = np.full(n_members, np.inf), np.zeros(n_members, dtype=int), 0, None
     for epoch, error in enumerate(errors):
         improved = [(best[m] - error[m]) > 0.01 * best[m] if np.isfinite(best[m]) else True for m in range(n_members)]
         for member in np.flatnonzero(improved):
             best[member], best_epoch[member] = error[member], epoch
         idle = 0 if any(improved) else idle + 1
-        if idle == 40:
+        if idle == 5:
             stop = epoch + 1
             break
     assert result.epochs == stop == len(errors)
@@ -287,11 +289,15 @@ def test_fit_follows_the_paper(monkeypatch):
     assert not ensemble.training and ensemble.is_fitted
 
 
-@pytest.mark.parametrize("n, patience", [(300, 80), (1_000, 20), (4_900, 5), (5_100, 5), (8_000, 5)])
-def test_patience_is_five_epochs_and_eighty_steps(n, patience, monkeypatch):
-    """1, 4, 16, 16 and 25 batches in an epoch, of 80 % of the rows; the first epoch improves, none after it."""
+@pytest.mark.parametrize("n, rows", [(2, 4_000), (300, 17 * 240), (5_000, 4_000), (5_100, 4_080), (30_000, 25_000)])
+def test_an_epoch_has_at_least_four_thousand_rows(n, rows, monkeypatch):
+    """80 % of few transitions are gone through several times, and the patience is five epochs; the first one improves."""
+    shapes = []
     monkeypatch.setattr(Ensemble, "mse", lambda self, x, y: th.ones(self.n_members))
-    assert fit(make_ensemble(hidden_sizes=(4,)), *numbered_data(n)).epochs == 1 + patience
+    original = training.train_epoch
+    monkeypatch.setattr(training, "train_epoch", lambda *args: shapes.append(args[3].shape) or original(*args))
+    assert fit(make_ensemble(hidden_sizes=(4,)), *numbered_data(n)).epochs == 6
+    assert shapes == [(4, rows)] * 6
 
 
 def test_fit_learns_the_bounds_and_restandardises():

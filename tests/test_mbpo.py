@@ -4,6 +4,7 @@ import inspect
 import warnings
 from copy import deepcopy
 from itertools import pairwise
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo import MBPO, MlpPolicy
+from sb3_mbpo import MBPO, MlpPolicy, buffers, callbacks
 from sb3_mbpo.callbacks import DynamicsCallback
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble
@@ -167,7 +168,7 @@ def test_model_learns_raw_units_under_vec_normalize():
         given.append((obs, next_obs))
         return np.zeros(len(obs), dtype=bool)
 
-    agent = make_agent(env, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn)
+    agent = make_agent(env, model_max_epochs=None, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn)
     agent.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.learn(101)
     rollout_obs = next(obs for obs in seen if len(obs) == 500)
@@ -244,8 +245,9 @@ def test_terminations_end_rollouts():
 
 def test_learned_termination(events):
     """Nothing is known about this environment: episodes end when the count reaches 10."""
-    agent = make_agent(CountingEnv(episode_length=10), learning_starts=500, rollout_batch_size=1_000, verbose=0)
-    agent.learn(501)
+    agent = make_agent(
+        CountingEnv(episode_length=10), learning_starts=500, rollout_batch_size=1_000, model_max_epochs=None
+    ).learn(501)
     assert agent.logger is not None
     buffer = agent.model_buffer
     dones, counts = buffer.dones[:1_000, 0].bool(), buffer.next_observations[:1_000, 0]
@@ -433,4 +435,86 @@ def test_rollouts_run_in_eval_mode(monkeypatch):
 
 def test_constants_of_training():
     assert (training.BATCH_SIZE, training.HOLDOUT_RATIO, training.MAX_HOLDOUT) == (256, 0.2, 5_000)
-    assert (training.MIN_IMPROVEMENT, training.PATIENCE, training.MIN_PATIENCE_STEPS) == (0.01, 5, 80)
+    assert (training.MIN_IMPROVEMENT, training.PATIENCE, training.MIN_EPOCH_ROWS) == (0.01, 5, 4_000)
+
+
+def test_rollouts_in_portions(monkeypatch):
+    monkeypatch.setattr(callbacks, "ROLLOUTS_AT_ONCE", 30)
+    agent = make_agent(rollout_schedule=[0, 0, 3, 3]).learn(61)
+    assert agent.model_buffer.size() == 300 and len(agent.model_buffer.observations[:300].unique(dim=0)) > 200
+    assert agent.logger.name_to_value["model/rollout_length_mean"] == 3
+
+
+def test_room_for_the_longest_rollouts_is_reserved_at_once(events, capsys):
+    agent = make_agent(rollout_schedule=[60, 160, 1, 5], verbose=1)
+    assert "room for 10,000 generated transitions, 0.00 GB" in capsys.readouterr().out
+    memory = agent.model_buffer.observations.data_ptr()
+    assert len(agent.model_buffer.observations) == 10_000 and agent.model_buffer.buffer_size == 2_000
+    agent.learn(170)
+    assert [size for kind, _, size in events if kind == "rollouts"] == [2_000, 6_000, 10_000]
+    assert agent.model_buffer.observations.data_ptr() == memory
+    # No model, no room
+    assert len(make_agent(real_ratio=1).model_buffer.rewards) == 1
+
+
+def test_model_buffer_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"no memory for .* generated transitions .*`rollout_batch_size` \(1,000,000,000,000"):
+        make_agent(rollout_batch_size=10**12)
+
+
+def empty_the_buffer(locals_, globals_):
+    """A user's callback."""
+    if locals_["self"].num_timesteps == 200:
+        locals_["self"].replay_buffer.reset()
+    return True
+
+
+@pytest.mark.parametrize(
+    "buffer_size, n_envs, callback", [(40, 1, None), (70, 2, None), (600, 3, None), (300, 1, empty_the_buffer)]
+)
+def test_model_is_trained_on_what_the_buffer_holds_now(buffer_size, n_envs, callback, monkeypatch):
+    """The buffer wraps around between two trainings, whole or in part, or is emptied."""
+    sizes, train_model = [], DynamicsCallback._train_model
+
+    def watched(self, transitions):
+        for column, expected in zip(transitions, buffers.real_transitions(self.model.replay_buffer), strict=True):
+            assert th.equal(column, expected)
+        sizes.append(len(transitions.obs))
+        train_model(self, transitions)
+
+    monkeypatch.setattr(DynamicsCallback, "_train_model", watched)
+    env = make_vec_env("Pendulum-v1", n_envs=n_envs, seed=0)
+    make_agent(
+        env, buffer_size=buffer_size, learning_starts=30, gradient_steps=0, model_max_epochs=1, model_train_freq=60
+    ).learn(800, callback=callback)
+    assert len(sizes) > 8
+    assert callback is None or min(sizes[3:]) < 100
+
+
+class WeightedSamples(NamedTuple):
+    """What a prioritised buffer may return."""
+
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    weights: th.Tensor
+
+
+class WeightedBuffer(ReplayBuffer):
+    n_batches = 0
+
+    def sample(self, batch_size, env=None):
+        self.n_batches += 1
+        return WeightedSamples(*super().sample(batch_size, env=env)[:5], None, th.ones(batch_size))
+
+
+@pytest.mark.parametrize("real_ratio", [0.5, 1])
+def test_a_replay_buffer_of_the_users_own(real_ratio):
+    agent = make_agent(replay_buffer_class=WeightedBuffer, real_ratio=real_ratio).learn(65)
+    assert agent._n_updates == agent.replay_buffer.n_batches == 5
+    batches = agent.mixed_buffer.sample_batches(4, 32)
+    assert batches.rewards.shape == (4, 32, 1) and agent.replay_buffer.n_batches == 9
+    assert hasattr(agent.mixed_buffer.sample(32), "weights") == (real_ratio == 1)

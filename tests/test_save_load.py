@@ -56,7 +56,7 @@ def test_zip_holds_no_data_and_nothing_odd(agent, tmp_path):
     with zipfile.ZipFile(tmp_path / "agent.zip") as file:
         data = json.loads(file.read("data"))
         assert {"dynamics.pth", "dynamics.optimizer.pth", "policy.pth"} <= set(file.namelist())
-    assert not {"model_buffer", "mixed_buffer", "replay_buffer", "dynamics", "seconds"} & set(data)
+    assert not {"model_buffer", "mixed_buffer", "replay_buffer", "dynamics", "seconds", "is_compiled"} & set(data)
     assert data["rollout_schedule"] == [0, 200, 1, 3] and data["model_hidden_sizes"] == [16, 16]
 
 

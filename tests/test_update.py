@@ -100,6 +100,7 @@ CONFIGURATIONS = {
     "learning rate": dict(learning_rate=lambda progress: 1e-2 * progress),
     "fixed entropy coefficient": dict(ent_coef=0.3),
     "no entropy": dict(ent_coef=0.0),
+    "negative entropy coefficient": dict(ent_coef=-0.1),
     "entropy coefficient's start": dict(ent_coef="auto_0.1", target_entropy=-0.7),
     "target interval": dict(target_update_interval=3, tau=0.3),
     "hard target updates": dict(target_update_interval=2, tau=1.0),
@@ -198,6 +199,9 @@ class OwnAdam(th.optim.Adam):
         (dict(policy_kwargs={"optimizer_class": th.optim.AdamW}), "AdamW"),
         (dict(policy_kwargs={"optimizer_kwargs": {"amsgrad": True}}), "amsgrad: True"),
         (dict(policy_kwargs={"optimizer_kwargs": {"maximize": True}}), "maximize: True"),
+        (dict(policy_kwargs={"optimizer_kwargs": {"decoupled_weight_decay": True}}), "decoupled_weight_decay: True"),
+        (dict(policy_kwargs={"optimizer_kwargs": {"differentiable": True}}), "differentiable: True"),
+        (dict(policy_kwargs={"activation_fn": nn.Dropout}), "Dropout acts at random"),
     ],
     ids=str,
 )
@@ -215,3 +219,17 @@ def test_what_the_user_changed_afterwards_is_not_covered():
     agent = make_sac()
     agent.critic.qf0.append(nn.BatchNorm1d(1))
     assert "statistics" in not_covered(agent)
+
+
+def test_parameters_that_sb3_treats_differently_are_not_covered():
+    agent = make_sac()
+    agent.actor.latent_pi.requires_grad_(False)
+    assert "frozen" in not_covered(agent)
+    sb3_updates(agent, *make_data(2))
+    agent.actor.requires_grad_(True)
+    run_some = make_data(2, seed=1)
+    sb3_updates(agent, *run_some)
+    assert "more steps" in not_covered(agent)
+    agent = make_sac()
+    next(agent.critic.parameters()).register_hook(lambda gradient: gradient.clamp(-1, 1))
+    assert "hook" in not_covered(agent)

@@ -8,7 +8,6 @@ import torch as th
 from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
-from sb3_mbpo.compilation import call_each
 from sb3_mbpo.dynamics.ensemble import Ensemble
 
 BATCH_SIZE = 256
@@ -18,9 +17,10 @@ MAX_HOLDOUT = 5_000
 MIN_IMPROVEMENT = 0.01
 # Epochs without improvement of any member after which training stops
 PATIENCE = 5
-# ... but not before as many steps as 5 epochs of the authors' first training (4,000 rows) are: with 500 rows, 5 epochs are
-# 10 steps, and a training that ends by chance leaves a model that is not much better than a constant
-MIN_PATIENCE_STEPS = 80
+# Fewest rows in an epoch: with less data it goes through them several times. 4,000 are an epoch of the authors' first
+# training; with 400, 5 epochs of one pass each were 10 steps, and trainings ended by chance with models that were hardly
+# better than a constant.
+MIN_EPOCH_ROWS = 4_000
 
 # What `train_step` is compiled to
 CompiledStep = Callable[[Ensemble, TrainState, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
@@ -142,7 +142,7 @@ def try_step(ensemble: Ensemble, step: CompiledStep) -> None:
     inputs, targets = (ensemble.input_mean.new_zeros(ensemble.n_members, BATCH_SIZE, n) for n in (n_in, n_out))
     state = TrainState(*({name: tensor.clone() for name, tensor in each.items()} for each in _train_state(ensemble)))
     ensemble.train()
-    call_each(step, [(ensemble, state, inputs, targets, coefficients(ensemble.optimizer, 1)[0])])
+    step(ensemble, state, inputs, targets, coefficients(ensemble.optimizer, 1)[0])
     ensemble.eval()
 
 
@@ -154,7 +154,7 @@ def train_epoch(
     compiled_step: CompiledStep | None = None,
 ) -> th.Tensor:
     """
-    One pass over each member's own rows.
+    Go through each member's own rows.
 
     :param ensemble: Trained in place
     :param inputs: (obs, action), ``(n, obs_dim + action_dim)``
@@ -175,9 +175,8 @@ def train_epoch(
         full, batches = batches[:n_full], batches[n_full:]
         state = _train_state(ensemble)
         with th.no_grad():
-            numbers = coefficients(ensemble.optimizer, n_full).unbind()
-            steps = ((ensemble, state, *batch(rows), row) for rows, row in zip(full, numbers, strict=True))
-            losses += call_each(compiled_step, steps)
+            for rows, numbers in zip(full, coefficients(ensemble.optimizer, n_full).unbind(), strict=True):
+                losses.append(compiled_step(ensemble, state, *batch(rows), numbers))
         count_steps(ensemble.optimizer, n_full)
     for rows in batches:
         loss = ensemble.loss(*batch(rows))
@@ -196,8 +195,9 @@ def fit(
     compiled_step: CompiledStep | None = None,
 ) -> FitResult:
     """
-    Train the ensemble from its present weights until no member improves on held-out data for 5 epochs, and 80 steps at
-    least (paper, section 5 and Appendix C; details, but for the 80 steps, of the authors' release).
+    Train the ensemble from its present weights until no member improves on held-out data for 5 epochs (paper, section 5
+    and Appendix C; details of the authors' release). An epoch is one pass over the training rows, or, if they are fewer
+    than 4,000, as many as make 4,000.
 
     :param ensemble: Trained in place
     :param inputs: (obs, action), ``(n, obs_dim + action_dim)``, float32
@@ -222,12 +222,12 @@ def fit(
     ensemble.set_input_stats(inputs[train])
     indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
     held_out = inputs[holdout], targets[holdout]
-    patience = max(PATIENCE, math.ceil(MIN_PATIENCE_STEPS / math.ceil(len(train) / BATCH_SIZE)))
+    n_passes = math.ceil(MIN_EPOCH_ROWS / len(train))
     ensemble.train()
     epochs, epochs_since_improvement = 0, 0
-    while epochs_since_improvement < patience and (max_epochs is None or epochs < max_epochs):
-        indices = shuffle_rows(indices)
-        train_loss = train_epoch(ensemble, inputs, targets, indices, compiled_step)
+    while epochs_since_improvement < PATIENCE and (max_epochs is None or epochs < max_epochs):
+        epoch = th.cat([shuffle_rows(indices) for _ in range(n_passes)], dim=1)
+        train_loss = train_epoch(ensemble, inputs, targets, epoch, compiled_step)
         epochs += 1
         mse = ensemble.mse(*held_out)
         if not (th.isfinite(mse).all() and th.isfinite(train_loss)):
