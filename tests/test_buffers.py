@@ -248,6 +248,21 @@ def test_only_new_transitions_are_copied(monkeypatch):
     assert copied == [50, 3, 0]
 
 
+def test_what_is_resident_survives_growth():
+    """With room for 100 rows at first; old memory is overwritten so that it cannot be right by chance."""
+    buffer, resident = real_buffer(10_000, rows=50), ResidentTransitions()
+    resident.update(buffer, 50)
+    for _ in range(3):
+        n = buffer.size()
+        for i in range(n):
+            obs = np.full((1, 2, 1), float(i))
+            buffer.add(obs, obs + 0.5, np.zeros((1, 3)), np.full(1, -float(i)), np.zeros(1), [{}])
+        waste = [th.full((rows, width), -7.0) for rows in (2 * n, 4 * n) for width in (1, 2, 3) for _ in range(5)]
+        del waste
+        for column, expected in zip(resident.update(buffer, n), real_transitions(buffer), strict=True):
+            assert th.equal(column, expected)
+
+
 def test_timeouts_are_valid_and_not_terminal():
     buffer = ReplayBuffer(10, OBS_SPACE, ACTION_SPACE)
     zeros, row = np.zeros((1, 3)), np.zeros((1, 2, 1))
