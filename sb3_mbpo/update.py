@@ -136,9 +136,14 @@ def q_values(critic: nn.Module, parameters: Tensors, obs: th.Tensor, actions: th
 
 def update_critic(networks: Networks, state: State, batch: Batch, ent_coef: th.Tensor, settings: Settings) -> th.Tensor:
     """
-    One step of all critics on the squared soft Bellman error, halved.
+    One step of all critics, in place, on the squared soft Bellman error, halved.
 
-    :return: Loss
+    :param networks: Architecture
+    :param state: Its critics are changed
+    :param batch: Transitions and noise
+    :param ent_coef: Entropy coefficient, ``(1,)``
+    :param settings: Adam's coefficients
+    :return: Loss, a scalar
     """
     next_actions, next_log_prob = sample_actions(networks.actor, state.actor.parameters, batch.next_obs, batch.next_noise)
     next_values = q_values(networks.critic, state.target, batch.next_obs, next_actions).amin(dim=0)
@@ -157,9 +162,14 @@ def update_actor(
     networks: Networks, state: State, batch: Batch, ent_coef: th.Tensor, settings: Settings
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    One step of the actor on the value of its actions, by the lowest critic, and their entropy.
+    One step of the actor, in place, on the value of its actions, by the lowest critic, and their entropy.
 
-    :return: Loss, and the logarithm of the density of the actions, ``(batch, 1)``
+    :param networks: Architecture
+    :param state: Its actor is changed
+    :param batch: Observations and noise
+    :param ent_coef: Entropy coefficient, ``(1,)``
+    :param settings: Adam's coefficients
+    :return: Loss, a scalar, and the logarithm of the density of the actions, ``(batch, 1)``
     """
 
     def loss(parameters: Tensors) -> tuple[th.Tensor, th.Tensor]:
@@ -174,9 +184,12 @@ def update_actor(
 
 def update_ent_coef(state: State, log_prob: th.Tensor, settings: Settings) -> th.Tensor:
     """
-    One step of the entropy coefficient's logarithm, towards the target entropy.
+    One step of the entropy coefficient's logarithm, in place, towards the target entropy.
 
-    :return: Loss; 0 if the coefficient is fixed
+    :param state: Its entropy coefficient is changed
+    :param log_prob: Logarithm of the density of the actor's actions, ``(batch, 1)``
+    :param settings: Adam's coefficients and the target entropy
+    :return: Loss, a scalar; 0 if the coefficient is fixed
     """
     if not state.ent_coef.first:
         return th.zeros_like(settings.tau)
@@ -190,7 +203,12 @@ def update_ent_coef(state: State, log_prob: th.Tensor, settings: Settings) -> th
 
 
 def update_target(state: State, tau: th.Tensor) -> None:
-    """Move the target critics towards the critics ("Polyak update")."""
+    """
+    Move the target critics towards the critics ("Polyak update"), in place.
+
+    :param state: Its target critics are changed
+    :param tau: Share of the critics, a scalar from 0 to 1
+    """
     for target, critic in zip(state.target.values(), state.critic.parameters.values(), strict=True):
         target.mul_(1 - tau).add_(tau * critic)
 

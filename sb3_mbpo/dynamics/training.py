@@ -18,8 +18,7 @@ MIN_IMPROVEMENT = 0.01
 # Epochs without improvement of any member after which training stops
 PATIENCE = 5
 # Fewest rows in an epoch: with less data it goes through them several times. 4,000 are an epoch of the authors' first
-# training; with 400, 5 epochs of one pass each were 10 steps, and trainings ended by chance with models that were hardly
-# better than a constant.
+# training; with 400, 5 epochs of one pass each were 10 steps, and trainings ended by chance with poor models.
 MIN_EPOCH_ROWS = 4_000
 
 # What `train_step` is compiled to
