@@ -7,11 +7,11 @@ the package installed (see ``sb3_mbpo.zoo.startup``), so it must import neither 
 
 TYPE_CHECKING = False  # what type checkers take for true, without the cost of importing typing
 if TYPE_CHECKING:
-    from sb3_mbpo.mbpo import MBPO, MlpPolicy
+    from sb3_mbpo.mbpo import MBPO, MlpPolicy, MultiInputPolicy
 
     __version__: str
 
-__all__ = ["MBPO", "MlpPolicy"]
+__all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy"]
 
 
 def __getattr__(name: str) -> object:

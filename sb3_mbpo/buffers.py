@@ -2,15 +2,18 @@
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.spaces import arrays, flat_dim, flatten, map_arrays, unflatten
 
 # Rows of the model buffer that are moved at once when its capacity changes
 MOVED_AT_ONCE = 100_000
@@ -40,8 +43,8 @@ def check_finite(replay_buffer: ReplayBuffer) -> None:
     for name in ("observations", "next_observations", "actions", "rewards"):
         if replay_buffer.optimize_memory_usage and name == "next_observations":
             continue
-        rows = getattr(replay_buffer, name)[: replay_buffer.size()]
-        finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+        rows = flatten(map_arrays(lambda array: array[: replay_buffer.size()], getattr(replay_buffer, name)))
+        finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             row = int(finite.argmin())
             raise ValueError(
@@ -65,6 +68,7 @@ def real_transitions(
     :return: Float32 tensors, observations flattened
     """
     rows = np.arange(replay_buffer.size()) if rows is None else rows
+    successors: Any
     if replay_buffer.optimize_memory_usage:
         if replay_buffer.full:
             # This row's observation has been overwritten by the newest successor
@@ -72,21 +76,43 @@ def real_transitions(
         successors = replay_buffer.observations[(rows + 1) % replay_buffer.buffer_size]
         valid = replay_buffer.dones[rows] == 0
     else:
-        successors = replay_buffer.next_observations[rows]
+        successors = map_arrays(lambda array: array[rows], replay_buffer.next_observations)
         valid = np.ones((len(rows), replay_buffer.n_envs), dtype=bool)
     terminated = replay_buffer.dones[rows] * (1 - replay_buffer.timeouts[rows]) > 0
 
-    def tensor(array: np.ndarray) -> th.Tensor:
-        width = int(np.prod(array.shape[2:]))
-        return th.as_tensor(array[valid].reshape(-1, width), dtype=th.float32, device=device)
+    def tensor(array: Any) -> th.Tensor:
+        return th.as_tensor(flatten(array, batch_dims=2)[valid], dtype=th.float32, device=device)
 
     return Transitions(
-        obs=tensor(replay_buffer.observations[rows]),
+        obs=tensor(map_arrays(lambda array: array[rows], replay_buffer.observations)),
         actions=tensor(replay_buffer.actions[rows]),
         next_obs=tensor(successors),
         rewards=tensor(replay_buffer.rewards[rows]).squeeze(1),
         terminated=th.as_tensor(terminated[valid], device=device),
     )
+
+
+def relabelled(transitions: Transitions, replay_buffer: HerReplayBuffer) -> Transitions:
+    """
+    Hindsight experience replay (Andrychowicz et al. 2017) for all transitions at once: in the share of them for which the
+    buffer itself would do so (``her_ratio``), drawn anew at each call, the desired goal is one that the episode has
+    achieved, and the reward is the one for it. Episodes that are not over keep their goals.
+
+    :param transitions: All of the buffer, as :func:`real_transitions` returns them; not changed
+    :param replay_buffer: SB3's, which chooses the goals
+    :return: The same transitions, with other goals and rewards
+    """
+    is_over = replay_buffer.ep_length[: replay_buffer.size()] > 0
+    rows, envs = np.nonzero(is_over & (np.random.random(is_over.shape) < replay_buffer.her_ratio))
+    if len(rows) == 0:
+        return transitions
+    virtual = replay_buffer._get_virtual_samples(rows, envs)
+    index = th.as_tensor(rows * replay_buffer.n_envs + envs, device=transitions.obs.device)
+    obs, next_obs, rewards = (column.clone() for column in (transitions.obs, transitions.next_obs, transitions.rewards))
+    obs[index] = flatten(virtual.observations).to(obs)
+    next_obs[index] = flatten(virtual.next_observations).to(next_obs)
+    rewards[index] = virtual.rewards.squeeze(1).to(rewards)
+    return transitions._replace(obs=obs, next_obs=next_obs, rewards=rewards)
 
 
 class ResidentTransitions:
@@ -109,7 +135,8 @@ class ResidentTransitions:
         :param n_steps: Transitions that were added to it since last time
         :return: What :func:`real_transitions` returns, in the order of the buffer's rows
         """
-        if replay_buffer.optimize_memory_usage or type(replay_buffer).add is not ReplayBuffer.add:
+        known = (ReplayBuffer.add, DictReplayBuffer.add, HerReplayBuffer.add)
+        if replay_buffer.optimize_memory_usage or type(replay_buffer).add not in known:
             # Whether a row is valid changes with time; a user's own buffer may write anywhere
             return real_transitions(replay_buffer, self.device)
         n = n_transitions(replay_buffer)
@@ -152,7 +179,7 @@ class ModelReplayBuffer(BaseBuffer):
     reserved at the beginning, for the largest capacity that it will have; on a CPU it is in use only once it is filled.
 
     :param buffer_size: Capacity in transitions
-    :param observation_space: Flat or not, stored flat
+    :param observation_space: A ``Box`` or a ``Dict``, stored flat
     :param action_space: Actions are stored in [-1, 1]
     :param device: Where the tensors live
     :param max_size: Largest capacity that :meth:`resize` will be asked for, the present one if None
@@ -161,7 +188,7 @@ class ModelReplayBuffer(BaseBuffer):
     def __init__(
         self,
         buffer_size: int,
-        observation_space: spaces.Box,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         device: th.device | str = "auto",
         max_size: int | None = None,
@@ -171,7 +198,7 @@ class ModelReplayBuffer(BaseBuffer):
         self._allocate(max_size or buffer_size)
 
     def _allocate(self, max_size: int) -> None:
-        obs_dim = int(np.prod(self.obs_shape))
+        obs_dim = flat_dim(self.observation_space)
 
         def column(width: int) -> th.Tensor:
             # Not zeros, which would put all of it to use at once
@@ -262,18 +289,48 @@ class ModelReplayBuffer(BaseBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         index = th.as_tensor(batch_inds, device=self.device)
-        obs, actions, next_obs, rewards, dones = (column[index] for column in self._columns())
-        obs, next_obs = obs.reshape(-1, *self.obs_shape), next_obs.reshape(-1, *self.obs_shape)
+        flat_obs, actions, flat_next_obs, rewards, dones = (column[index] for column in self._columns())
+        obs, next_obs = (self._observation(flat, env) for flat in (flat_obs, flat_next_obs))
         if env is not None:
-            obs, next_obs, rewards = (
-                th.as_tensor(normalized, dtype=th.float32, device=self.device)
-                for normalized in (
-                    self._normalize_obs(obs.cpu().numpy(), env),
-                    self._normalize_obs(next_obs.cpu().numpy(), env),
-                    self._normalize_reward(rewards.cpu().numpy(), env),
-                )
-            )
+            rewards = th.as_tensor(self._normalize_reward(rewards.cpu().numpy(), env), dtype=th.float32, device=self.device)
+        if isinstance(self.observation_space, spaces.Dict):
+            return DictReplayBufferSamples(obs, actions, next_obs, dones, rewards)  # type: ignore[return-value]
         return ReplayBufferSamples(obs, actions, next_obs, dones, rewards)
+
+    def _observation(self, flat: th.Tensor, env: VecNormalize | None) -> Any:
+        return normalized(unflatten(self.observation_space, flat), env)
+
+
+def normalized(obs: Any, env: VecNormalize | None) -> Any:
+    """
+    :param obs: Raw observations as tensors, ``(n, *shape)``, or a dictionary of them
+    :param env: What normalises them, if anything
+    :return: The same, normalised
+    """
+    if env is None:
+        return obs
+    as_numpy = map_arrays(lambda tensor: tensor.cpu().numpy(), obs)
+    device = arrays(obs)[0].device
+    return map_arrays(lambda array: th.as_tensor(array, dtype=th.float32, device=device), env.normalize_obs(as_numpy))
+
+
+def combine(function: Callable[..., th.Tensor], *samples: Any) -> Any:
+    """
+    :param function: Of as many tensors as there are samples
+    :param samples: SB3's, all of one type
+    :return: The same type; its columns, and the parts of its observations, are what the function makes of theirs. A column
+        that one of them lacks is None.
+    """
+
+    def column(*values: Any) -> Any:
+        if any(value is None for value in values):
+            return None
+        if isinstance(values[0], dict):
+            return {name: function(*(value[name] for value in values)) for name in values[0]}
+        return function(*values)
+
+    names = samples[0]._fields
+    return type(samples[0])(*(column(*(getattr(each, name) for each in samples)) for name in names))
 
 
 class MixedReplayBuffer:
@@ -302,8 +359,7 @@ class MixedReplayBuffer:
         if self._n_real(batch_size) == batch_size:
             # Whatever the user's buffer may add to it
             return self.replay_buffer.sample(batch_size, env=env)
-        batches = self.sample_batches(1, batch_size, env)
-        return ReplayBufferSamples(*(None if column is None else column[0] for column in batches))  # type: ignore[arg-type]
+        return combine(lambda column: column[0], self.sample_batches(1, batch_size, env))
 
     def _n_real(self, batch_size: int) -> int:
         return int(batch_size * self.real_ratio) if self.model_buffer.size() > 0 else batch_size
@@ -312,11 +368,18 @@ class MixedReplayBuffer:
         """``n`` transitions for each batch, one batch after the other."""
         buffer = type(self.replay_buffer)
         if all(each.__module__.startswith("stable_baselines3.") for each in (buffer.sample, buffer._get_samples)):
-            return self.replay_buffer.sample(n_batches * n, env=env)
+            if not isinstance(self.replay_buffer, HerReplayBuffer):
+                return self.replay_buffer.sample(n_batches * n, env=env)
+            # Relabelled transitions come last, so all are shuffled. Of a few, none would be relabelled.
+            drawn = self.replay_buffer.sample(max(n_batches * n, self.replay_buffer.n_sampled_goal + 1), env=env)
+            chosen = th.randperm(len(drawn.rewards), device=drawn.rewards.device)[: n_batches * n]
+            return combine(lambda column: column[chosen], drawn)
         # A user's own buffer may depend on what a batch is: without replacement, for instance
         samples = [self.replay_buffer.sample(n, env=env) for _ in range(n_batches)]
-        names = [name for name in ReplayBufferSamples._fields if getattr(samples[0], name, None) is not None]
-        return ReplayBufferSamples(**{name: th.cat([getattr(sample, name) for sample in samples]) for name in names})
+        fields = DictReplayBufferSamples if isinstance(samples[0].observations, dict) else ReplayBufferSamples
+        names = [name for name in fields._fields if getattr(samples[0], name, None) is not None]
+        known: Any = [fields(**{name: getattr(sample, name) for name in names}) for sample in samples]
+        return combine(lambda *columns: th.cat(columns), *known)
 
     def sample_batches(self, n_batches: int, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
@@ -328,9 +391,8 @@ class MixedReplayBuffer:
         :return: The batches, ``(n_batches, batch_size, ...)`` each
         """
 
-        def in_batches(samples: ReplayBufferSamples) -> ReplayBufferSamples:
-            columns = (None if column is None else column.reshape(n_batches, -1, *column.shape[1:]) for column in samples)
-            return ReplayBufferSamples(*columns)  # type: ignore[arg-type]
+        def in_batches(samples: ReplayBufferSamples) -> Any:
+            return combine(lambda column: column.reshape(n_batches, -1, *column.shape[1:]), samples)
 
         n_real = self._n_real(batch_size)
         if n_real == batch_size:
@@ -341,5 +403,4 @@ class MixedReplayBuffer:
         real = in_batches(self._sample_real(n_batches, n_real, env))
         if real.discounts is not None:
             generated = generated._replace(discounts=th.full_like(generated.rewards, self.gamma))
-        columns = (None if a is None or b is None else th.cat([a, b], dim=1) for a, b in zip(real, generated, strict=True))
-        return ReplayBufferSamples(*columns)  # type: ignore[arg-type]
+        return combine(lambda a, b: th.cat([a, b], dim=1), real, generated)

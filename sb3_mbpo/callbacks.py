@@ -3,20 +3,31 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.utils import update_learning_rate
 
-from sb3_mbpo.buffers import ResidentTransitions, max_transitions, model_buffer_size, n_transitions
+from sb3_mbpo.buffers import (
+    ResidentTransitions,
+    max_transitions,
+    model_buffer_size,
+    n_transitions,
+    normalized,
+    relabelled,
+)
 from sb3_mbpo.compilation import compiled
-from sb3_mbpo.dynamics.rollouts import Transitions, rollout
+from sb3_mbpo.dynamics.rollouts import Reward, Transitions, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.training import fit, train_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
 from sb3_mbpo.schedules import rollout_length
+from sb3_mbpo.spaces import arrays, dims_where, unflatten
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
@@ -58,6 +69,10 @@ class DynamicsCallback(BaseCallback):
             return
         # Anew in every `learn()`, because between two of them users may change what is in the replay buffer
         self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
+        space = agent.observation_space
+        self.binary_dims = dims_where(space, lambda name, part: isinstance(part, spaces.MultiBinary))
+        is_goal_conditioned = isinstance(agent.replay_buffer, HerReplayBuffer)
+        self.goal_dims = dims_where(space, lambda name, part: is_goal_conditioned and name == "desired_goal")
         # At every `learn()`, because `set_env` may have brought another environment
         self.termination_fn = agent.termination_fn or derive_termination_fn(self.training_env)
         if self.termination_fn is None and agent.optimize_memory_usage:
@@ -81,7 +96,8 @@ class DynamicsCallback(BaseCallback):
             # Normalised values are clipped: an infinity would not show
             new_obs, rewards = vec_normalize.get_original_obs(), vec_normalize.get_original_reward()
         last_obs = [info["terminal_observation"] for info in self.locals["infos"] if "terminal_observation" in info]
-        for name, values in (("Observations", [new_obs, *last_obs]), ("Rewards", [rewards])):
+        observations = [array for observation in (new_obs, *last_obs) for array in arrays(observation)]
+        for name, values in (("Observations", observations), ("Rewards", [rewards])):
             for value in values:
                 if not np.isfinite(value).all():
                     raise ValueError(
@@ -111,7 +127,7 @@ class DynamicsCallback(BaseCallback):
 
     def _train_model(self, transitions: Transitions) -> None:
         agent = self.model
-        obs, actions, next_obs, rewards, terminated = transitions
+        obs, actions, next_obs, rewards, _ = self._with_goals(transitions)
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
         seconds = agent.seconds["model"]
@@ -123,6 +139,8 @@ class DynamicsCallback(BaseCallback):
                 max_epochs=agent.model_max_epochs,
                 compiled_step=compiled(train_step, agent.device.type) if agent.is_compiled["model"] else None,
             )
+            # On the goals that were pursued: whether an episode ended may be about them
+            obs, actions, next_obs, _, terminated = transitions
             if self.termination_fn is None:
                 agent.termination_classifier.fit(next_obs, terminated)
             mismatch = (self._termination(obs, actions, next_obs) != terminated).float().mean().item()
@@ -146,11 +164,15 @@ class DynamicsCallback(BaseCallback):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
             )
-            start = transitions.obs[th.randint(len(transitions.obs), (agent.rollout_batch_size,), device=agent.device)]
-            reward = None if agent.reward_fn is None else self._reward
+            obs = self._with_goals(transitions).obs
+            start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)]
             n_generated = 0
             for some in start.split(ROLLOUTS_AT_ONCE):
-                for step in rollout(agent.dynamics, self._policy, some, length, self._termination, reward):
+                for step in rollout(
+                    *(agent.dynamics, self._policy, some, length, self._termination, self._reward_source()),
+                    constant=self.goal_dims,
+                    binary=self.binary_dims,
+                ):
                     agent.model_buffer.extend(step)
                     n_generated += len(step.obs)
         self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
@@ -158,39 +180,54 @@ class DynamicsCallback(BaseCallback):
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)
 
     def _policy(self, obs: th.Tensor) -> th.Tensor:
-        """The stochastic policy on raw observations; a tensor of actions in [-1, 1], as the replay buffer has them."""
+        """The stochastic policy on raw, flat observations; a tensor of actions in [-1, 1], as the replay buffer has them."""
         agent = self.model
-        obs = obs.reshape(-1, *agent.observation_space.shape)  # type: ignore[misc]
-        if (vec_normalize := agent.get_vec_normalize_env()) is not None:
-            obs = th.as_tensor(vec_normalize.normalize_obs(obs.cpu().numpy()), device=agent.device)
         if agent.use_sde:
             agent.actor.reset_noise(len(obs))
-        return agent.actor(obs, deterministic=False)
+        return agent.actor(normalized(unflatten(agent.observation_space, obs), agent.get_vec_normalize_env()))
+
+    def _with_goals(self, transitions: Transitions) -> Transitions:
+        buffer = self.model.replay_buffer
+        return relabelled(transitions, buffer) if isinstance(buffer, HerReplayBuffer) else transitions
 
     def _termination(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         if self.termination_fn is None:
             return self.model.termination_classifier.predict(next_obs)
         return self._apply(self.termination_fn, "termination_fn", obs, actions, next_obs, boolean=True)
 
-    def _reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        assert self.model.reward_fn is not None
-        return self._apply(self.model.reward_fn, "reward_fn", obs, actions, next_obs, boolean=False)
+    def _reward_source(self) -> Reward | None:
+        """The user's function, the environment's own where hindsight experience replay would ask it, None for the model."""
+        buffer = self.model.replay_buffer
+        if self.model.reward_fn is not None:
+            return partial(self._apply, self.model.reward_fn, "reward_fn", boolean=False)
+        # What rewards take from `info`, nobody knows in a model rollout
+        if isinstance(buffer, HerReplayBuffer) and not buffer.copy_info_dict:
+            return self._goal_reward
+        return None
+
+    def _goal_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        reached: Any = unflatten(self.model.observation_space, next_obs.cpu().numpy())
+        infos: list[dict[str, Any]] = [{} for _ in next_obs]
+        rewards = self.training_env.env_method(
+            "compute_reward", reached["achieved_goal"], reached["desired_goal"], infos, indices=[0]
+        )[0]
+        return th.as_tensor(rewards, dtype=th.float32, device=next_obs.device)
 
     def _apply(
         self, fn: TransitionFn, name: str, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, boolean: bool
     ) -> th.Tensor:
         """Call a function of transitions with what the environment itself would see: its shapes, its action units."""
         agent = self.model
-        obs_shape, action_shape = agent.observation_space.shape, agent.action_space.shape
-        assert obs_shape is not None and action_shape is not None
-        values = apply_transition_fn(
-            fn,
-            name,
-            obs.cpu().numpy().reshape(-1, *obs_shape),
-            agent.policy.unscale_action(actions.cpu().numpy().reshape(-1, *action_shape)),
-            next_obs.cpu().numpy().reshape(-1, *obs_shape),
-            boolean,
+        before, action, after = (
+            unflatten(space, each.cpu().numpy())
+            for space, each in (
+                (agent.observation_space, obs),
+                (agent.action_space, actions),
+                (agent.observation_space, next_obs),
+            )
         )
+        assert isinstance(action, np.ndarray)
+        values = apply_transition_fn(fn, name, before, agent.policy.unscale_action(action), after, boolean)
         # A copy, as the user's array may be read-only
         return th.tensor(values, device=agent.device)
 

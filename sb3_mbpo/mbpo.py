@@ -3,21 +3,20 @@
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.sac.policies import MlpPolicy, SACPolicy
+from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
 
 from sb3_mbpo.buffers import (
     MixedReplayBuffer,
@@ -34,53 +33,15 @@ from sb3_mbpo.dynamics.termination import TerminationClassifier
 from sb3_mbpo.dynamics.training import train_step, try_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
 from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, rollout_length
+from sb3_mbpo.spaces import UnsupportedSpaceError, check_goals, check_spaces, flat_dim
 from sb3_mbpo.update import not_covered, optimizers, run_updates, sac_update, try_update
 
-__all__ = ["MBPO", "MlpPolicy", "UnsupportedSpaceError"]
+__all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy", "UnsupportedSpaceError"]
 
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
 
 # With fewer updates than these, a cold compilation takes longer than it saves
 MIN_UPDATES_TO_COMPILE = 10_000
-
-
-class UnsupportedSpaceError(ValueError, AssertionError):
-    """A space that the model cannot work with. (SB3 itself raises an ``AssertionError`` here.)"""
-
-
-def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """
-    :param observation_space: The environment's
-    :param action_space: The environment's
-    :raises UnsupportedSpaceError: (a ``ValueError``) unless both are boxes of floats and the actions are bounded
-    """
-    allowed = "MBPO supports Box observations of floats, of any shape but ()"
-    as_floats = "gymnasium.wrappers.DtypeObservation(env, np.float32)"
-    if not isinstance(observation_space, spaces.Box):
-        raise UnsupportedSpaceError(
-            f"`env` has the observation space {observation_space}. {allowed}: wrap the environment with "
-            f"`gymnasium.wrappers.FlattenObservation(env)`, and if that gives whole numbers with `{as_floats}`."
-        )
-    if not np.issubdtype(observation_space.dtype, np.floating):
-        raise UnsupportedSpaceError(
-            f"`env` has the observation space {observation_space}. {allowed}: convert them with `{as_floats}`. "
-            "The model is not made for images."
-        )
-    if observation_space.shape == ():
-        raise UnsupportedSpaceError(
-            f"`env` has the observation space {observation_space}. {allowed}: wrap the environment with "
-            "`gymnasium.wrappers.ReshapeObservation(env, (1,))`."
-        )
-    if not isinstance(action_space, spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
-        raise UnsupportedSpaceError(
-            f"`env` has the action space {action_space}. The algorithm only supports Box actions of floats; "
-            "for discrete actions see SB3's DQN."
-        )
-    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
-        raise UnsupportedSpaceError(
-            f"`env` has the action space {action_space}. Continuous action space must have a finite lower and upper bound: "
-            "give it one with `gymnasium.wrappers.TransformAction(env, lambda action: action, spaces.Box(low, high))`."
-        )
 
 
 class MBPO(SAC):
@@ -93,9 +54,9 @@ class MBPO(SAC):
     The arguments up to ``device`` are those of :class:`stable_baselines3.SAC`; three defaults differ from SB3's
     (``learning_starts``, ``gradient_steps``, and ``total_timesteps`` of :meth:`learn`).
 
-    :param policy: The policy model to use (MlpPolicy)
+    :param policy: The policy model to use (MlpPolicy, or MultiInputPolicy for ``Dict`` observations)
     :param env: The environment to learn from (if registered in Gym, can be str). Observations must be a ``Box`` of floats
-        of any shape, actions a bounded ``Box``.
+        of any shape or a ``Dict`` of them, actions a bounded ``Box``.
     :param learning_rate: learning rate for adam optimizer,
         the same learning rate will be used for all networks (Q-Values, Actor and temperature, but not the model's)
         it can be a function of the current progress remaining (from 1 to 0)
@@ -112,7 +73,8 @@ class MBPO(SAC):
     :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
         Not used in model rollouts.
     :param replay_buffer_class: Replay buffer class to use for the real transitions.
-        If ``None``, it will be automatically selected.
+        If ``None``, it will be automatically selected. With SB3's ``HerReplayBuffer``, model rollouts pursue relabelled
+        goals, which stay constant in each of them.
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer. It loses the last observation of
         every episode, so that the model cannot learn from those transitions. As in SB3 it needs
@@ -147,7 +109,8 @@ class MBPO(SAC):
     :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC (the paper's
         "no model").
     :param termination_fn: Which transitions are terminal: ``termination_fn(obs, action, next_obs)`` gets arrays of shape
-        ``(n, *space.shape)``, not normalised, and returns a bool array of shape ``(n,)``. If None, it is derived from the
+        ``(n, *space.shape)``, not normalised (for ``Dict`` observations dictionaries of them), and returns a bool array of
+        shape ``(n,)``. If None, it is derived from the
         environment where that is known (Gymnasium's MuJoCo tasks and Pendulum), and otherwise learned from the real data.
         Saved with the agent, so it must be picklable.
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
@@ -160,8 +123,6 @@ class MBPO(SAC):
         ``SAC.train`` is used; why is printed (``verbose=1``), or, with True, a warning.
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
-
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
 
     def __init__(
         self,
@@ -298,7 +259,7 @@ class MBPO(SAC):
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"`compile` must be True, False or 'auto', not {self.compile!r}")
         check_rollout_schedule(self.rollout_schedule)
-        assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
+        assert isinstance(self.action_space, spaces.Box)
         for name, boolean in (("termination_fn", True), ("reward_fn", False)):
             if getattr(self, name) is not None:
                 check_transition_fn(getattr(self, name), name, self.observation_space, self.action_space, boolean)
@@ -306,8 +267,9 @@ class MBPO(SAC):
     def _setup_model(self) -> None:
         self._check_arguments()
         super()._setup_model()
-        assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
-        obs_dim, action_dim = int(np.prod(self.observation_space.shape)), int(np.prod(self.action_space.shape))
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            check_goals(self.observation_space)
+        obs_dim, action_dim = flat_dim(self.observation_space), flat_dim(self.action_space)
         self.dynamics = Ensemble(
             obs_dim, action_dim, self.model_hidden_sizes, self.ensemble_size, self.num_elites, self.model_learning_rate
         ).to(self.device)
@@ -319,7 +281,7 @@ class MBPO(SAC):
 
     def _make_model_buffer(self) -> ModelReplayBuffer:
         """For rollouts of the present length, with room for the longest to come."""
-        assert isinstance(self.observation_space, spaces.Box) and isinstance(self.action_space, spaces.Box)
+        assert isinstance(self.action_space, spaces.Box)
         now, longest = rollout_length(self.rollout_schedule, self.lifetime_timesteps), max(self.rollout_schedule[2:])
         capacity, max_capacity = (
             model_buffer_size(self.model_retain_epochs, self.model_train_freq, self.rollout_batch_size, length)

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import torch as th
 from stable_baselines3 import SAC
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, SACPolicy
+from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, MultiInputPolicy, SACPolicy
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, is_plain_adam, live_tensors
+from sb3_mbpo.spaces import flat_dim, flatten
 
 
 class Gaussian(nn.Module):
@@ -250,13 +251,16 @@ def not_covered(agent: SAC) -> str | None:
     :param agent: SAC or a subclass
     :return: What it has that :func:`sac_update` does not know, None if there is nothing
     """
-    if type(agent.policy) is not SACPolicy:
+    if type(agent.policy) not in (SACPolicy, MultiInputPolicy):
         return f"the policy is a {type(agent.policy).__name__}"
     if agent.use_sde:
         return "gSDE is in use"
     for network in (agent.actor, agent.critic, agent.critic_target):
-        if type(network.features_extractor) is not FlattenExtractor:
-            return f"the features extractor is a {type(network.features_extractor).__name__}"
+        extractor = network.features_extractor
+        layers = extractor.extractors.values() if type(extractor) is CombinedExtractor else [extractor]
+        # Which do nothing to flat observations
+        if any(type(layer) not in (FlattenExtractor, nn.Flatten) for layer in layers):
+            return f"the features extractor is a {type(extractor).__name__}"
         if list(network.buffers()):
             return "a network keeps statistics"
         for module in network.modules():
@@ -342,7 +346,7 @@ def prepare_updates(
     """
     n_updates = len(samples.rewards)
     # As SB3's preprocessing
-    obs, next_obs = (each.float().flatten(2) for each in (samples.observations, samples.next_observations))
+    obs, next_obs = (flatten(each, batch_dims=2).float() for each in (samples.observations, samples.next_observations))
     discounts = (1 - samples.dones) * (agent.gamma if samples.discounts is None else samples.discounts)
     batches = Batch(obs, samples.actions, next_obs, samples.rewards, discounts, *noise)
     # A fixed entropy coefficient needs no numbers: any will do
@@ -390,12 +394,11 @@ def try_update(agent: SAC, batch_size: int, update: Update) -> None:
     :param batch_size: Transitions in a batch
     :param update: What :func:`sac_update` is compiled to
     """
-    assert agent.observation_space.shape is not None and agent.action_space.shape is not None
 
-    def zeros(*shape: int) -> th.Tensor:
-        return th.zeros(1, batch_size, *shape, device=agent.device)
+    def zeros(dim: int) -> th.Tensor:
+        return th.zeros(1, batch_size, dim, device=agent.device)
 
-    obs, action = zeros(*agent.observation_space.shape), zeros(*agent.action_space.shape)
+    obs, action = zeros(flat_dim(agent.observation_space)), zeros(flat_dim(agent.action_space))
     samples = ReplayBufferSamples(obs, action, obs, zeros(1), zeros(1))
     networks, state, arguments = prepare_updates(agent, samples, th.stack([action, action]))
     update(networks, state, *arguments[0])

@@ -84,3 +84,45 @@ class PointEnv(gym.Env):
     def best_return(x):
         """Return of the best policy from a start at ``x``: half a unit at each step, then rest."""
         return -sum(max(abs(x) - 0.5 * step, 0) for step in range(1, 21))
+
+
+class GoalEnv(gym.Env):
+    """
+    A point in the plane is to be moved to a goal: p' = p + action / 4, reward 0 within 0.2 of the goal and -1 elsewhere.
+
+    :param episode_length: After how many steps the episode is truncated
+    :param terminate: Whether it ends at the goal
+    :param needs_info: Whether `compute_reward` takes the price of a step out of `info`
+    """
+
+    def __init__(self, episode_length=10, terminate=False, needs_info=False):
+        def box():
+            return spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+        self.observation_space = spaces.Dict(
+            achieved_goal=box(), desired_goal=box(), observation=spaces.Box(-np.inf, np.inf, (3, 1), np.float32)
+        )
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.episode_length, self.terminate, self.needs_info = episode_length, terminate, needs_info
+
+    def _obs(self):
+        return {
+            "achieved_goal": self.point.copy(),
+            "desired_goal": self.goal.copy(),
+            "observation": np.append(self.point, self.point.sum())[:, None].astype(np.float32),
+        }
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        price = np.array([each["price"] for each in info]) if self.needs_info and not isinstance(info, dict) else 1.0
+        return -price * (np.linalg.norm(achieved_goal - desired_goal, axis=-1) > 0.2).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.point, self.goal, self.steps = self.np_random.uniform(-1, 1, 2), self.np_random.uniform(-1, 1, 2), 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.point = self.point + np.asarray(action, dtype=np.float64) / 4
+        self.steps += 1
+        reward = float(self.compute_reward(self.point, self.goal, {}))
+        return self._obs(), reward, self.terminate and reward == 0, self.steps >= self.episode_length, {"price": 1.0}

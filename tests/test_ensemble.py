@@ -289,15 +289,17 @@ def test_fit_follows_the_paper(monkeypatch):
     assert not ensemble.training and ensemble.is_fitted
 
 
-@pytest.mark.parametrize("n, rows", [(2, 4_000), (300, 17 * 240), (5_000, 4_000), (5_100, 4_080), (30_000, 25_000)])
-def test_an_epoch_has_at_least_four_thousand_rows(n, rows, monkeypatch):
+@pytest.mark.parametrize(
+    "n, steps", [(2, 16 * [1]), (300, 16 * [240]), (5_100, 15 * [256] + [240]), (30_000, 97 * [256] + [168])]
+)
+def test_an_epoch_has_at_least_sixteen_steps(n, steps, monkeypatch):
     """80 % of few transitions are gone through several times, and the patience is five epochs; the first one improves."""
-    shapes = []
+    sizes = []
     monkeypatch.setattr(Ensemble, "mse", lambda self, x, y: th.ones(self.n_members))
-    original = training.train_epoch
-    monkeypatch.setattr(training, "train_epoch", lambda *args: shapes.append(args[3].shape) or original(*args))
+    loss = Ensemble.loss
+    monkeypatch.setattr(Ensemble, "loss", lambda self, *args: sizes.append(args[0].shape[1]) or loss(self, *args))
     assert fit(make_ensemble(hidden_sizes=(4,)), *numbered_data(n)).epochs == 6
-    assert shapes == [(4, rows)] * 6
+    assert sizes == steps * 6
 
 
 def test_fit_learns_the_bounds_and_restandardises():

@@ -73,7 +73,6 @@ def as_floats(env):
 @pytest.mark.parametrize(
     "space, advised",
     [
-        (spaces.Dict(a=spaces.Box(-1, 1, (2,))), wrappers.FlattenObservation),
         (spaces.Tuple([spaces.Box(-1, 1, (2,))]), wrappers.FlattenObservation),
         (spaces.Discrete(5), lambda env: as_floats(wrappers.FlattenObservation(env))),
         (spaces.MultiBinary(3), lambda env: as_floats(wrappers.FlattenObservation(env))),

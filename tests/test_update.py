@@ -13,6 +13,7 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 from torch.distributions import normal
 
+from sb3_mbpo.buffers import combine
 from sb3_mbpo.compilation import compiled
 from sb3_mbpo.update import not_covered, run_updates, sac_update, try_update
 from tests.envs import CountingEnv
@@ -49,7 +50,7 @@ def make_data(n_updates, obs_shape=OBS_SHAPE, discounts=False, seed=0):
 
 def sb3_updates(agent, samples, noise):
     """SAC's own ``train``, made to use these batches and this noise."""
-    rows = [ReplayBufferSamples(*(None if x is None else x[i] for x in samples)) for i in range(len(samples.rewards))]
+    rows = [combine(lambda column, i=i: column[i], samples) for i in range(len(samples.rewards))]
     batches = iter(rows)
     # SB3 draws for the observations first, then for their successors
     draws = iter(noise.transpose(0, 1).flatten(0, 1))

@@ -58,7 +58,7 @@ FLOATS = "array of floats with shape (5,)"
     [
         ("termination_fn", "hopper", ["None or a function of (obs, action, next_obs)", "'hopper'"]),
         ("reward_fn", 1.0, ["None or a function of (obs, action, next_obs)", "1.0"]),
-        ("termination_fn", lambda obs, action: True, ["TypeError", "obs (5, 3), action (5, 2, 2) and next_obs (5, 3)"]),
+        ("termination_fn", lambda obs, action: True, ["TypeError", "obs (5, 3), action (5, 2, 2), next_obs (5, 3)"]),
         ("reward_fn", lambda obs, action, next_obs: next_obs[:, 3], ["IndexError", "obs (5, 3)"]),
         ("termination_fn", lambda obs, action, next_obs: None, [BOOLS, "NoneType"]),
         ("termination_fn", lambda obs, action, next_obs: True, [BOOLS, "bool"]),

@@ -1,6 +1,6 @@
 """Branched rollouts: short trajectories of the current policy under the ensemble, from real states."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -40,6 +40,8 @@ def rollout(
     length: int,
     termination: Termination,
     reward: Reward | None = None,
+    constant: Sequence[int] = (),
+    binary: Sequence[int] = (),
 ) -> Iterator[Transitions]:
     """
     Follow the policy under the model for ``length`` steps from each start state (paper, Algorithm 2). A terminal
@@ -52,12 +54,16 @@ def rollout(
     :param length: ``k``
     :param termination: Which transitions are terminal, bool
     :param reward: Reward function, the ensemble's prediction if None
+    :param constant: Dimensions of the observation that stay as they are in the whole rollout: goals
+    :param binary: Dimensions of the observation that are 0 or 1: predictions are rounded
     :return: The transitions of each step, at most ``n`` of them; ends early when no rollout is left
     """
     obs = start_obs
     for _ in range(length):
         actions = policy(obs)
         next_obs, rewards = ensemble.sample(obs, actions)
+        next_obs[:, list(constant)] = obs[:, list(constant)]
+        next_obs[:, list(binary)] = (next_obs[:, list(binary)] > 0.5).float()
         finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(rewards)
         if not finite.all():
             obs, actions, next_obs, rewards = obs[finite], actions[finite], next_obs[finite], rewards[finite]

@@ -17,8 +17,9 @@ MAX_HOLDOUT = 5_000
 MIN_IMPROVEMENT = 0.01
 # Epochs without improvement of any member after which training stops
 PATIENCE = 5
-# Fewest rows in an epoch: with less data it goes through them several times. 4,000 are an epoch of the authors' first
-# training; with 400, 5 epochs of one pass each were 10 steps, and trainings ended by chance with poor models.
+# Fewest rows in an epoch: with less data it goes through them several times, to make as many steps of Adam. 4,000 are an
+# epoch of the authors' first training; with 400, 5 epochs of one pass each were 10 steps, and trainings ended by chance with
+# poor models.
 MIN_EPOCH_ROWS = 4_000
 
 # What `train_step` is compiled to
@@ -151,6 +152,7 @@ def train_epoch(
     targets: th.Tensor,
     indices: th.Tensor,
     compiled_step: CompiledStep | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> th.Tensor:
     """
     Go through each member's own rows.
@@ -159,7 +161,8 @@ def train_epoch(
     :param inputs: (obs, action), ``(n, obs_dim + action_dim)``
     :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``
     :param indices: Rows of each member in their order, ``(n_members, n_rows)``
-    :param compiled_step: What :func:`train_step` was compiled to, for the full batches
+    :param compiled_step: What :func:`train_step` was compiled to, for the full batches of 256
+    :param batch_size: Rows in a step
     :return: Mean loss
     """
 
@@ -168,8 +171,8 @@ def train_epoch(
         return x, y
 
     losses = []
-    batches = list(indices.split(BATCH_SIZE, dim=1))
-    if compiled_step is not None:
+    batches = list(indices.split(batch_size, dim=1))
+    if compiled_step is not None and batch_size == BATCH_SIZE:
         n_full = indices.shape[1] // BATCH_SIZE
         full, batches = batches[:n_full], batches[n_full:]
         state = _train_state(ensemble)
@@ -196,7 +199,7 @@ def fit(
     """
     Train the ensemble from its present weights until no member improves on held-out data for 5 epochs (paper, section 5
     and Appendix C; details of the authors' release). An epoch is one pass over the training rows, or, if they are fewer
-    than 4,000, as many as make 4,000.
+    than 4,000, as many as make 16 steps of Adam.
 
     :param ensemble: Trained in place
     :param inputs: (obs, action), ``(n, obs_dim + action_dim)``, float32
@@ -221,12 +224,14 @@ def fit(
     ensemble.set_input_stats(inputs[train])
     indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
     held_out = inputs[holdout], targets[holdout]
-    n_passes = math.ceil(MIN_EPOCH_ROWS / len(train))
+    # With less data than that, each pass is one step: more rows would be the same ones again
+    batch_size = min(BATCH_SIZE, len(train))
+    n_passes = math.ceil(MIN_EPOCH_ROWS / max(len(train), BATCH_SIZE))
     ensemble.train()
     epochs, epochs_since_improvement = 0, 0
     while epochs_since_improvement < PATIENCE and (max_epochs is None or epochs < max_epochs):
         epoch = th.cat([shuffle_rows(indices) for _ in range(n_passes)], dim=1)
-        train_loss = train_epoch(ensemble, inputs, targets, epoch, compiled_step)
+        train_loss = train_epoch(ensemble, inputs, targets, epoch, compiled_step, batch_size)
         epochs += 1
         mse = ensemble.mse(*held_out)
         if not (th.isfinite(mse).all() and th.isfinite(train_loss)):

@@ -1,42 +1,66 @@
 """The contract of the functions of transitions that a user may pass: ``termination_fn`` and ``reward_fn``."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
-# (obs, action, next_obs) -> one value per row. NumPy arrays (n, *shape): raw observations, actions in the environment's units
-TransitionFn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+from sb3_mbpo.spaces import map_arrays, shape_of
+
+# An array (n, *shape); for a Dict space a dictionary of them
+Observations = np.ndarray | dict[str, np.ndarray]
+# (obs, action, next_obs) -> one value per row: raw observations, actions in the environment's units
+TransitionFn = Callable[[Any, np.ndarray, Any], np.ndarray]
 
 
-def _call(fn: TransitionFn, name: str, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, boolean: bool) -> np.ndarray:
+def _call(
+    fn: TransitionFn, name: str, obs: Observations, action: np.ndarray, next_obs: Observations, boolean: bool
+) -> np.ndarray:
     """Type, dtype and shape of what the function returns are checked, its values not."""
     try:
-        values = fn(obs.copy(), action.copy(), next_obs.copy())
+        values = fn(*(map_arrays(np.copy, each) for each in (obs, action, next_obs)))
     except Exception as error:
-        shapes = f"obs {obs.shape}, action {action.shape} and next_obs {next_obs.shape}"
-        raise ValueError(f"`{name}` raised {error!r} for arrays of shape {shapes}") from error
+        arguments = {"obs": obs, "action": action, "next_obs": next_obs}
+        shapes = ", ".join(f"{key} {map_arrays(np.shape, each)}" for key, each in arguments.items())
+        raise ValueError(
+            f"`{name}` raised {error!r} for arrays of shape {shapes}, the first transition of which is "
+            f"{describe_row(obs, action, next_obs, 0)}"
+        ) from error
     dtype, allowed = (np.bool_, "bools") if boolean else (np.floating, "floats")
-    if isinstance(values, np.ndarray) and values.shape == (len(obs),) and np.issubdtype(values.dtype, dtype):
+    if isinstance(values, np.ndarray) and values.shape == (len(action),) and np.issubdtype(values.dtype, dtype):
         return values
     found = type(values).__name__
     found += "".join(f", {key} {getattr(values, key)}" for key in ("dtype", "shape") if hasattr(values, key))
     raise ValueError(
-        f"`{name}` must return a numpy array of {allowed} with shape ({len(obs)},), one per transition, but returned: {found}"
+        f"`{name}` must return a numpy array of {allowed} with shape ({len(action)},), one per transition, but returned: "
+        f"{found}"
     )
 
 
+def describe_row(obs: Observations, action: np.ndarray, next_obs: Observations, row: int) -> str:
+    """
+    :param obs: ``(n, *obs_shape)``, or a dictionary of them
+    :param action: ``(n, *action_shape)``
+    :param next_obs: ``(n, *obs_shape)``, or a dictionary of them
+    :param row: Which of the transitions
+    :return: What a message says of it
+    """
+    obs, action, next_obs = (map_arrays(lambda array: array[row], each) for each in (obs, action, next_obs))
+    return f"obs {obs}, action {action}, next_obs {next_obs}"
+
+
 def apply_transition_fn(
-    fn: TransitionFn, name: str, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, boolean: bool
+    fn: TransitionFn, name: str, obs: Observations, action: np.ndarray, next_obs: Observations, boolean: bool
 ) -> np.ndarray:
     """
     Call a function of transitions and check what it returns.
 
     :param fn: ``termination_fn`` or ``reward_fn``; gets copies, so it may work in place
     :param name: The argument's name, for messages
-    :param obs: ``(n, *obs_shape)``, raw observations
+    :param obs: ``(n, *obs_shape)``, raw observations; for a ``Dict`` space a dictionary of them
     :param action: ``(n, *action_shape)``, in the environment's units
-    :param next_obs: ``(n, *obs_shape)``
+    :param next_obs: As ``obs``
     :param boolean: Whether it must return bools; finite floats otherwise
     :return: ``(n,)``
     :raises ValueError: if the function raises, or returns anything else
@@ -46,14 +70,13 @@ def apply_transition_fn(
     if not finite.all():
         row = int(finite.argmin())
         raise ValueError(
-            f"`{name}` must return finite numbers, but returned {values[row]} for obs {obs[row]}, action {action[row]}, "
-            f"next_obs {next_obs[row]}"
+            f"`{name}` must return finite numbers, but returned {values[row]} for {describe_row(obs, action, next_obs, row)}"
         )
     return values
 
 
 def check_transition_fn(
-    fn: TransitionFn, name: str, observation_space: spaces.Box, action_space: spaces.Box, boolean: bool
+    fn: TransitionFn, name: str, observation_space: spaces.Space[Any], action_space: spaces.Box, boolean: bool
 ) -> None:
     """
     Try a user's function of transitions on a few rows of zeros, which need not be possible states: type, dtype and shape are
@@ -68,11 +91,17 @@ def check_transition_fn(
     """
     if not callable(fn):
         raise ValueError(f"`{name}` must be None or a function of (obs, action, next_obs), not {fn!r}")
+    parts = list(observation_space.values()) if isinstance(observation_space, spaces.Dict) else [observation_space]
     # A number of rows that is no other dimension, so that a result along the wrong axis shows
-    taken = {size for space in (observation_space, action_space) for size in (*space.shape, int(np.prod(space.shape)))}
+    taken = {size for shape in map(shape_of, [*parts, action_space]) for size in (*shape, int(np.prod(shape)))}
     n = next(n for n in range(3, 4 + len(taken)) if n not in taken)
-    obs, action = (
-        np.zeros((n, *space.shape)).clip(space.low, space.high).astype(space.dtype)
-        for space in (observation_space, action_space)
-    )
-    _call(fn, name, obs, action, obs, boolean)
+
+    def zeros(space: Any) -> np.ndarray:
+        rows = np.zeros((n, *shape_of(space)), dtype=space.dtype)
+        return rows.clip(space.low, space.high).astype(space.dtype) if isinstance(space, spaces.Box) else rows
+
+    if isinstance(observation_space, spaces.Dict):
+        obs: Observations = {key: zeros(part) for key, part in observation_space.items()}
+    else:
+        obs = zeros(observation_space)
+    _call(fn, name, obs, zeros(action_space), obs, boolean)
