@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib.util
 import inspect
 import json
 import os
@@ -26,7 +27,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.zoo.registration import hyperparams_file, register
+from sb3_mbpo.zoo.registration import REGISTRATIONS, hyperparams_file, register
 from sb3_mbpo.zoo.samplers import convert_mbpo_params, sample_mbpo_params
 from tests.envs import PointEnv
 
@@ -320,6 +321,37 @@ print(*(type(finder).__name__ for finder in sys.meta_path))
     modules, finders = run("-S", "-c", code, cwd=tmp_path, SB3_MBPO_NO_ZOO="1").splitlines()
     assert "ZooFinder" not in finders
     assert "ZooFinder" in run("-S", "-c", code, cwd=tmp_path, SB3_MBPO_NO_ZOO="")
+
+
+def test_finder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which may have run the start-up line already."""
+    spec = importlib.util.spec_from_file_location("startup_again", ROOT / "sb3_mbpo/zoo/startup.py")
+    assert spec is not None and spec.loader is not None
+    startup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(startup)
+    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if type(each).__name__ != "ZooFinder"])
+    others = list(sys.meta_path)
+    monkeypatch.setenv("SB3_MBPO_NO_ZOO", "1")
+    startup.install()
+    assert sys.meta_path == others
+    monkeypatch.delenv("SB3_MBPO_NO_ZOO")
+    startup.install()
+    startup.install()
+    finder, *rest = sys.meta_path
+    assert rest == others and finder.find_spec("json", None) is None
+
+    def load(name: str) -> Any:
+        spec = finder.find_spec(name, [str(ZOO)])
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    assert load("rl_zoo3.utils").ALGOS["mbpo"] is MBPO
+    assert finder.find_spec("rl_zoo3.utils", []) is None
+    monkeypatch.setitem(REGISTRATIONS, "rl_zoo3.utils", lambda module: {}["no such luck"])
+    with pytest.warns(UserWarning, match="could not register MBPO with rl_zoo3.utils.*'no such luck'.*SB3_MBPO_NO_ZOO=1"):
+        assert "mbpo" not in load("rl_zoo3.utils").ALGOS
 
 
 def test_zoo_after_startup(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.zoo.__main__ import main
 from sb3_mbpo.zoo.registration import hyperparams_file, register
 from sb3_mbpo.zoo.samplers import convert_mbpo_params
 from tests.test_zoo import AFTER_STARTUP, ENV_ID, ROOT, manager, run, start
@@ -65,7 +64,7 @@ def zoo(script: str, *arguments: str | Path) -> None:
     """``python -m sb3_mbpo.zoo``, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["python -m sb3_mbpo.zoo", script, *map(str, arguments)])
-        main()
+        runpy.run_module("sb3_mbpo.zoo", run_name="__main__")
 
 
 def params(**hyperparams: Any) -> list[str]:
@@ -432,6 +431,17 @@ def test_optimize(
     assert "Number of finished trials:  3" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "trials").iterdir()} == {"trial_0", "trial_1", "trial_2"}
     assert len(list((tmp_path / "logs/mbpo").glob("report_*.csv"))) == 1
+
+
+def test_optimize_another_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write = {ENV_ID: {"policy": "MlpPolicy", "n_timesteps": 30, "learning_starts": 20}}
+    (tmp_path / "sac.yml").write_text(yaml.safe_dump(write))
+    of_sac = ["sac" if option == "mbpo" else option for option in OF_TRAIN]
+    search = ["--optimize", "--n-trials", "1", "--n-evaluations", "1", "--storage", "study.log", "--study-name", "mbpo"]
+    zoo("train", *of_sac, "-conf", "sac.yml", *search)
+    (trial,) = open_study("study.log").trials
+    assert trial.state.is_finished() and "n_timesteps" not in trial.user_attrs | trial.params
 
 
 def test_threads_do_not_compile(tmp_path: Path) -> None:
