@@ -68,6 +68,9 @@ setup(
         "docs": ["sphinx", "sphinx-rtd-theme"],
         "tests": [
             *ZOO,
+            # The zoo's plots, and the tasks of its YAML files
+            "rl_zoo3[plots]",
+            "gymnasium[box2d]",
             "matplotlib",
             "pytest",
             "pytest-cov",

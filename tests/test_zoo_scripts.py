@@ -355,6 +355,16 @@ def test_refused_setting(tmp_path: Path) -> None:
         experiment.learn(model)
 
 
+PARALLEL = "rl_zoo3.callbacks.ParallelTrainCallback"
+
+
+@pytest.mark.parametrize("callback", [PARALLEL, [{PARALLEL: {"gradient_steps": 2}}]])
+def test_refused_callback(callback: Any, tmp_path: Path) -> None:
+    config = write_config(tmp_path, callback=callback)
+    with pytest.raises(ValueError, match="ParallelTrainCallback trains a copy of the agent as plain SAC"):
+        manager(tmp_path, env=ENV_ID, config=str(config)).setup_experiment()
+
+
 @pytest.mark.parametrize("kind", ["tiny.py", "tiny_config"])
 def test_python_config(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.py").write_text(f"hyperparams = { {ENV_ID: {'policy': 'MlpPolicy', 'n_timesteps': 7}} }")

@@ -79,6 +79,8 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
             if self.trial_id == 0:
                 self.custom_hyperparams = self.load_trial(self.storage, self.study_name, self.trial_id) | given
         hyperparams, saved_hyperparams = zoo_reads_hyperparams(self)
+        if "ParallelTrainCallback" in str(hyperparams.get("callback")):
+            raise ValueError("ParallelTrainCallback trains a copy of the agent as plain SAC, without a model: leave it out")
         env_kwargs = hyperparams.get("env_kwargs", {})
         self.eval_env_kwargs = self.eval_env_kwargs or env_kwargs
         # saved as args.yml, which is all that record_video and push_to_hub read
