@@ -67,6 +67,13 @@ def zoo(script: str, *arguments: str | Path) -> None:
         runpy.run_module("sb3_mbpo.zoo", run_name="__main__")
 
 
+def run_module(name: str, *arguments: str) -> None:
+    """``python -m name``, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_module(name, run_name="__main__")
+
+
 def params(**hyperparams: Any) -> list[str]:
     """As ``-params`` wants them."""
     return ["-params", *(f"{name}:{value!r}" for name, value in hyperparams.items())]
@@ -189,21 +196,34 @@ def test_record_training(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 0 for path in videos.iterdir())
 
 
-def test_plots(logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def plot(script: str, *arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_module(f"rl_zoo3.plots.{script}", run_name="__main__")
+        run_module(f"rl_zoo3.plots.{script}", *arguments)
 
     with matplotlib.rc_context():
         matplotlib.use("Agg", force=True)
         plot("plot_train", "-a", "mbpo", "-e", ENV_ID, "-f", "logs", "-w", "1")
-        # plot_from_file needs two runs of two evaluation episodes
+        all_plots = ["all_plots", "-a", "mbpo", "-e", ENV_ID, "-f", "logs", "-o", "results", "-print"]
+        plot(*all_plots)
+        # Upstream: it needs two runs of two evaluation episodes
+        with pytest.raises(ValueError, match=r"min\(\) "):
+            plot("plot_from_file", "-i", "results")
         shutil.copytree(f"{RUN}_1", f"{RUN}_2")
-        plot("all_plots", "-a", "mbpo", "-e", ENV_ID, "-f", "logs", "-o", "results", "-print")
+        plot(*all_plots)
         assert f"{ENV_ID}-MBPO-logs: 2" in capsys.readouterr().out
         plot("plot_from_file", "-i", "results", "-l", "mbpo", "--boxplot")
         assert "keys: ['MBPO-logs']" in capsys.readouterr().out
         matplotlib.pyplot.close("all")
+
+
+def test_command_and_benchmark(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_module("rl_zoo3.cli", "enjoy", *OPTIONS, "-n", "10", "--no-render")
+    assert f"Loading {RUN}_1/{ENV_ID}.zip" in capfd.readouterr().out
+    # Upstream: it starts enjoy.py, which only a checkout of the zoo has
+    run_module("rl_zoo3.benchmark", "--log-dir", "logs", "--benchmark-dir", "logs", "-n", "10", "--test-mode", "--no-hub")
+    output = capfd.readouterr()
+    assert f"Evaluating mbpo on {ENV_ID}" in output.out and "Error during evaluation, skipping" in output.out
+    assert "enjoy.py" in output.err
 
 
 class Hub(SimpleHTTPRequestHandler):
