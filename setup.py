@@ -68,6 +68,11 @@ setup(
         "docs": ["sphinx", "sphinx-rtd-theme"],
         "tests": [
             *ZOO,
+            # The zoo's plots
+            "seaborn",
+            "scipy",
+            # Tasks of hyperparams/mbpo.yml
+            "gymnasium[box2d]",
             "matplotlib",
             "pytest",
             "pytest-cov",

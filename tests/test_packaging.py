@@ -59,6 +59,18 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def older_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of an older release, with a module that the present one does not have."""
+    older, dist = tmp_path_factory.mktemp("older") / "source", tmp_path_factory.mktemp("older-dist")
+    shutil.copytree(source, older)
+    (older / "sb3_mbpo/version.txt").write_text("0.0.1\n")
+    (older / "sb3_mbpo/zoo/old.py").touch()
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", dist, older, cwd=dist)
+    (path,) = dist.glob("*.whl")
+    return path
+
+
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
     """The interpreter of a new virtual environment, which borrows the packages of the one that runs the tests."""
@@ -147,6 +159,32 @@ def test_install_use_uninstall(mode: str, source: Path, wheel: Path, python: Pat
     code = "from sb3_mbpo.zoo.registration import hyperparams_file; print(hyperparams_file().read_text())"
     assert run(python, "-c", code, cwd=tmp_path).strip() == (ROOT / "hyperparams/mbpo.yml").read_text().strip()
 
+    if mode == "wheel":  # the other modes leave the sources where they are
+        assert (packages / "sb3_mbpo/zoo/__pycache__").is_dir()
     run(*pip, "uninstall", "--yes", "sb3-mbpo", cwd=tmp_path)
     assert set(packages.rglob("*")) == files_before
     assert modules_at_start(python) == modules_before
+
+
+def test_upgrade(older_wheel: Path, wheel: Path, python: Path, tmp_path: Path) -> None:
+    """Over an older wheel, from the source distribution."""
+    packages = site_packages(python)
+    files_before = set(packages.rglob("*"))
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    install = [*pip, "install", "--no-deps", "--no-build-isolation"]
+    version = [python, "-c", "import sb3_mbpo; print(sb3_mbpo.__version__)"]
+    run(*install, "--ignore-installed", older_wheel, cwd=tmp_path)
+    run(python, "-c", "import sb3_mbpo.zoo.old", cwd=tmp_path)
+    assert run(*version, cwd=tmp_path).strip() == "0.0.1"
+    assert len(list(packages.rglob("old*"))) == 2  # the module, and what the interpreter made of it
+
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    run(*install, "--upgrade", sdist, cwd=tmp_path)
+    assert run(*version, cwd=tmp_path).strip() == (ROOT / "sb3_mbpo/version.txt").read_text().strip()
+    assert not list(packages.rglob("old*")) and len(list(packages.glob("sb3_mbpo*.dist-info"))) == 1
+    installed = {path.relative_to(packages).as_posix() for path in packages.rglob("*")}
+    assert {name for name in names_in(wheel) if not name.endswith("RECORD")} <= installed
+    assert "sb3_mbpo.zoo.startup" in modules_at_start(python)
+
+    run(*pip, "uninstall", "--yes", "sb3-mbpo", cwd=tmp_path)
+    assert set(packages.rglob("*")) == files_before

@@ -2,15 +2,18 @@
 
 import argparse
 import copy
+import importlib.util
 import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
@@ -24,8 +27,9 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.zoo.registration import hyperparams_file, register
+from sb3_mbpo.zoo.registration import REGISTRATIONS, hyperparams_file, register
 from sb3_mbpo.zoo.samplers import convert_mbpo_params, sample_mbpo_params
+from tests.envs import PointEnv
 
 ROOT = Path(__file__).parents[1]
 ZOO = Path(rl_zoo3.exp_manager.__file__).parent
@@ -35,12 +39,36 @@ import runpy, sys
 import sb3_mbpo.zoo.startup; sb3_mbpo.zoo.startup.install()
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
-# The smallest model and the fewest updates that still do everything once
-TINY = [
-    *("learning_starts:60", "model_train_freq:50", "rollout_batch_size:200", "rollout_schedule:[0, 100, 1, 3]"),
-    *("gradient_steps:1", "batch_size:32", "model_hidden_sizes:[16, 16]", "ensemble_size:3", "num_elites:2"),
-    "policy_kwargs:dict(net_arch=[16, 16])",
-]
+
+
+class PicturePointEnv(PointEnv):
+    """
+    A task that renders without any library.
+
+    :param n: How many copies of the position are observed: whoever forgets this argument has the wrong environment
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "human"], "render_fps": 30}
+
+    def __init__(self, n: int = 1, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.n, self.render_mode = n, render_mode
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (n,), np.float32)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = super().reset(**kwargs)
+        return obs.repeat(self.n), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, *others = super().step(action)
+        return obs.repeat(self.n), *others
+
+    def render(self) -> np.ndarray:
+        return np.full((64, 64, 3), self.steps, dtype=np.uint8)
+
+
+ENV_ID = "PicturePoint-v0"
+gym.register(ENV_ID, PicturePointEnv)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,7 +151,12 @@ def test_env_kwargs_of_the_command_line_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize("env", list(yaml.safe_load(hyperparams_file().read_text())))
 def test_tuned_hyperparams_are_accepted(env: str, tmp_path: Path) -> None:
     if env == "default":
-        env = "Reacher-v5"
+        env = ENV_ID
+    if env == "Pusher-v4" and int(version("mujoco").split(".")[0]) >= 3:
+        # Gymnasium makes it with older ones only
+        with pytest.raises(ImportError, match="only supported on `mujoco<3`"):
+            gym.make(env)
+        return
     model, _ = manager(tmp_path, env=env, hyperparams={"buffer_size": 1_000}).setup_experiment() or (None, None)
     assert isinstance(model, MBPO)
 
@@ -220,14 +253,58 @@ def test_ends_of_the_search_space(end: str) -> None:
         assert getattr(model, name) == value
 
 
+@pytest.mark.parametrize("budget", [3_000, 400_000])
+def test_rollout_schedule_scales_with_the_budget(budget: int) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(50):
+        trial = study.ask()
+        trial.set_user_attr("n_timesteps", budget)
+        hyperparams = sample_mbpo_params(trial, n_actions=1, n_envs=1, additional_args={})
+        assert "n_timesteps" not in hyperparams
+        assert convert_mbpo_params(study.trials[-1].params) == hyperparams
+    starts, ends = np.array([trial.user_attrs["rollout_schedule"][:2] for trial in study.trials]).T
+    assert 0.4 * budget < starts.max() <= 0.5 * budget and ends.max() <= 1.5 * budget
+    assert starts.min() < 0.1 * budget and (ends - starts).min() < 0.1 * budget < 0.8 * budget < (ends - starts).max()
+
+
+@pytest.mark.parametrize("her_kwargs", [{}, {"copy_info_dict": True, "n_sampled_goal": 0}])
+def test_hindsight_is_sampled_as_for_sac(her_kwargs: dict[str, Any]) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    additional_args = {"using_her_replay_buffer": True, "her_kwargs": her_kwargs}
+    sampled = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args=additional_args)
+    params = study.trials[0].params
+    her = {name: params[name] for name in ("n_sampled_goal", "goal_selection_strategy")}
+    assert sampled["replay_buffer_kwargs"] == her_kwargs | her and params["n_sampled_goal"] > 0
+    converted = convert_mbpo_params(params)
+    assert converted.pop("replay_buffer_kwargs") == her and not set(her) & set(converted)
+    without = {"using_her_replay_buffer": False, "her_kwargs": {}}
+    sampled = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args=without)
+    assert "replay_buffer_kwargs" not in sampled
+
+
 def test_trial_of_a_study_is_loaded(tmp_path: Path) -> None:
     storage = str(tmp_path / "study.log")
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(storage)), study_name="mbpo", sampler=optuna.samplers.RandomSampler(seed=0)
     )
     sampled = [sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={}) for _ in range(2)]
-    hyperparams, _ = manager(tmp_path, storage=storage, study_name="mbpo", trial_id=1).read_hyperparameters()
-    assert hyperparams | sampled[1] == hyperparams and sampled[0] != sampled[1]
+    assert sampled[0] != sampled[1]
+    for trial_id in (0, 1):
+        hyperparams, _ = manager(tmp_path, storage=storage, study_name="mbpo", trial_id=trial_id).read_hyperparameters()
+        assert hyperparams | sampled[trial_id] == hyperparams
+        given = {"tau": 0.5}
+        hyperparams, _ = manager(
+            tmp_path, storage=storage, study_name="mbpo", trial_id=trial_id, hyperparams=given
+        ).read_hyperparameters()
+        assert hyperparams | sampled[trial_id] | given == hyperparams
+
+
+@pytest.mark.parametrize("missing", ["storage", "study_name"])
+def test_trial_without_study_is_refused(missing: str, tmp_path: Path) -> None:
+    study = {"storage": str(tmp_path / "study.log"), "study_name": "mbpo"}
+    del study[missing]
+    with pytest.raises(ValueError, match="--trial-id 0 needs --storage and --study-name"):
+        manager(tmp_path, trial_id=0, **study).read_hyperparameters()
 
 
 def test_startup_is_light(tmp_path: Path) -> None:
@@ -244,6 +321,37 @@ print(*(type(finder).__name__ for finder in sys.meta_path))
     modules, finders = run("-S", "-c", code, cwd=tmp_path, SB3_MBPO_NO_ZOO="1").splitlines()
     assert "ZooFinder" not in finders
     assert "ZooFinder" in run("-S", "-c", code, cwd=tmp_path, SB3_MBPO_NO_ZOO="")
+
+
+def test_finder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which may have run the start-up line already."""
+    spec = importlib.util.spec_from_file_location("startup_again", ROOT / "sb3_mbpo/zoo/startup.py")
+    assert spec is not None and spec.loader is not None
+    startup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(startup)
+    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if type(each).__name__ != "ZooFinder"])
+    others = list(sys.meta_path)
+    monkeypatch.setenv("SB3_MBPO_NO_ZOO", "1")
+    startup.install()
+    assert sys.meta_path == others
+    monkeypatch.delenv("SB3_MBPO_NO_ZOO")
+    startup.install()
+    startup.install()
+    finder, *rest = sys.meta_path
+    assert rest == others and finder.find_spec("json", None) is None
+
+    def load(name: str) -> Any:
+        spec = finder.find_spec(name, [str(ZOO)])
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    assert load("rl_zoo3.utils").ALGOS["mbpo"] is MBPO
+    assert finder.find_spec("rl_zoo3.utils", []) is None
+    monkeypatch.setitem(REGISTRATIONS, "rl_zoo3.utils", lambda module: {}["no such luck"])
+    with pytest.warns(UserWarning, match="could not register MBPO with rl_zoo3.utils.*'no such luck'.*SB3_MBPO_NO_ZOO=1"):
+        assert "mbpo" not in load("rl_zoo3.utils").ALGOS
 
 
 def test_zoo_after_startup(tmp_path: Path) -> None:
@@ -298,48 +406,3 @@ def test_main_says_what_it_needs(tmp_path: Path) -> None:
     without_site_packages = start("-S", "-m", "sb3_mbpo.zoo", "train", cwd=tmp_path)
     assert without_site_packages.returncode == 1
     assert without_site_packages.stdout.strip().endswith('pip install "sb3-mbpo[zoo]"')
-
-
-def test_train_continue_enjoy(tmp_path: Path) -> None:
-    options = ["--algo", "mbpo", "--env", "InvertedPendulum-v5", "-f", "logs", "--device", "cpu", "--num-threads", "1"]
-    train = [*options, "-n", "150", "--eval-freq", "75", "--eval-episodes", "1", "--log-interval", "1", "--seed", "1"]
-    first = run(
-        *("-m", "sb3_mbpo.zoo", "train", *train, "--save-freq", "100", "--save-replay-buffer", "-params", *TINY), cwd=tmp_path
-    )
-    assert f"Loading hyperparameters from: {hyperparams_file()}" in first and "holdout_mse" in first
-    folder = tmp_path / "logs/mbpo/InvertedPendulum-v5_1"
-    made = {"InvertedPendulum-v5.zip", "best_model.zip", "rl_model_100_steps.zip", "replay_buffer.pkl", "evaluations.npz"}
-    assert made <= {path.name for path in folder.iterdir()}
-    model = MBPO.load(folder / "InvertedPendulum-v5.zip")
-    assert model.num_timesteps == 150 and list(model.rollout_schedule) == [0, 100, 1, 3]
-    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [75, 150]
-
-    trained_agent = ["-i", str(folder / "InvertedPendulum-v5.zip")]
-    second = run("-c", AFTER_STARTUP, "rl_zoo3.train", *train, *trained_agent, "-params", *TINY, cwd=tmp_path)
-    assert "Loading replay buffer" in second and "holdout_mse" in second
-    assert (tmp_path / "logs/mbpo/InvertedPendulum-v5_2/InvertedPendulum-v5.zip").is_file()
-
-    for which in ([], ["--load-best"], ["--load-checkpoint", "100", "--exp-id", "1"]):
-        enjoy = ["rl_zoo3.enjoy", *options, "-n", "30", "--no-render", *which]
-        assert "Loading" in run("-c", AFTER_STARTUP, *enjoy, cwd=tmp_path)
-
-
-def test_optimize(tmp_path: Path) -> None:
-    cheap = ["learning_starts:30", "rollout_batch_size:50", "ensemble_size:2", "num_elites:1"]
-    options = ["--algo", "mbpo", "--env", "Pendulum-v1", "-f", "logs", "--device", "cpu", "--num-threads", "1", "--seed", "1"]
-    search = ["-n", "60", "--optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
-    storage = ["--storage", "study.log", "--study-name", "mbpo"]
-    output = run("-m", "sb3_mbpo.zoo", "train", *options, *search, *storage, "-params", *cheap, cwd=tmp_path)
-    assert "Number of finished trials:  2" in output and "rollout_schedule" in output
-    assert len(list((tmp_path / "logs/mbpo").glob("report_*.csv"))) == 1
-
-    from_trial = ["-n", "60", "--trial-id", "1", *storage]
-    run("-m", "sb3_mbpo.zoo", "train", *options, *from_trial, "-params", *cheap, cwd=tmp_path)
-    journal = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
-    params = optuna.load_study(study_name="mbpo", storage=journal).trials[1].params
-    model = MBPO.load(tmp_path / "logs/mbpo/Pendulum-v1_2/Pendulum-v1.zip")
-    hyperparams = convert_mbpo_params(params)
-    assert model.lr_schedule(1.0) == hyperparams.pop("learning_rate")  # the zoo makes a schedule of it
-    assert model.policy_kwargs["net_arch"] == hyperparams.pop("policy_kwargs")["net_arch"]
-    for name, value in hyperparams.items():
-        assert getattr(model, name) == value

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import optuna
     from rl_zoo3.exp_manager import ExperimentManager
 
 ALGO = "mbpo"
@@ -43,14 +44,21 @@ def register_samplers(hyperparams_opt: ModuleType) -> None:
 
 def register_hyperparams(exp_manager: ModuleType) -> None:
     """
-    Let the zoo read the packaged YAML where it would look for ``mbpo.yml`` in its own folder and not find it.
-    A file given with ``-conf`` is never replaced. And let it evaluate in the environment that the YAML describes: the zoo
-    itself leaves its ``env_kwargs`` out there, so that an Ant with fewer observations would meet one with more.
+    Fit the zoo's manager of experiments to MBPO:
+
+    - The packaged YAML is read where the zoo would look for ``mbpo.yml`` in its own folder and not find it. A file given
+      with ``-conf`` is never replaced.
+    - The ``env_kwargs`` of the YAML describe the evaluation environment and that of later scripts, too. The zoo itself
+      leaves them out there, so that an Ant with fewer observations would meet one with more.
+    - ``--trial-id 0`` is a trial. The zoo itself takes it for none, as it silently does without a study.
+    - With ``-i``, the sizes of the model's networks are the agent's, not the YAML's, as the zoo does with ``policy_kwargs``.
+    - With ``--n-jobs``, trials run in threads, in which ``torch.compile`` does not work: nothing is compiled.
+    - The sampler of ``--optimize`` learns the number of environment steps, which rollout schedules depend on.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
     """
     manager_class = exp_manager.ExperimentManager
-    zoo_reads_hyperparams = manager_class.read_hyperparameters
+    zoo_reads_hyperparams, zoo_objective = manager_class.read_hyperparameters, manager_class.objective
     if zoo_reads_hyperparams.__module__ == __name__:
         return
 
@@ -60,14 +68,39 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
     default = str(zoo / f"hyperparams/{ALGO}.yml")
 
     def read_hyperparameters(self: "ExperimentManager") -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.algo == ALGO and self.config == default and not Path(default).exists():
+        if self.algo != ALGO:
+            return zoo_reads_hyperparams(self)
+        if self.config == default and not Path(default).exists():
             self.config = str(hyperparams_file())
+        given = self.custom_hyperparams or {}
+        if self.trial_id is not None:
+            if not (self.storage and self.study_name):
+                raise ValueError(f"--trial-id {self.trial_id} needs --storage and --study-name")
+            if self.trial_id == 0:
+                self.custom_hyperparams = self.load_trial(self.storage, self.study_name, self.trial_id) | given
         hyperparams, saved_hyperparams = zoo_reads_hyperparams(self)
-        if self.algo == ALGO and not self.eval_env_kwargs:
-            self.eval_env_kwargs = hyperparams.get("env_kwargs", {})
+        if "ParallelTrainCallback" in str(hyperparams.get("callback")):
+            raise ValueError("ParallelTrainCallback trains a copy of the agent as plain SAC, without a model: leave it out")
+        env_kwargs = hyperparams.get("env_kwargs", {})
+        self.eval_env_kwargs = self.eval_env_kwargs or env_kwargs
+        # saved as args.yml, which is all that record_video and push_to_hub read
+        self.args.env_kwargs = self.env_kwargs or env_kwargs or None
+        if self.continue_training:
+            for name in {"ensemble_size", "model_hidden_sizes"} - set(given):
+                hyperparams.pop(name, None)
+                saved_hyperparams.pop(name, None)
+        if self.optimize_hyperparameters and self.n_jobs > 1:
+            if hyperparams.get("compile") is True:
+                raise ValueError("compile=True does not work with --n-jobs: start several processes with the same --storage")
+            hyperparams["compile"] = False
         return hyperparams, saved_hyperparams
 
-    manager_class.read_hyperparameters = read_hyperparameters
+    def objective(self: "ExperimentManager", trial: "optuna.Trial") -> float:
+        if self.algo == ALGO:
+            trial.set_user_attr("n_timesteps", self.n_timesteps)
+        return zoo_objective(self, trial)
+
+    manager_class.read_hyperparameters, manager_class.objective = read_hyperparameters, objective
 
 
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
