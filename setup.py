@@ -60,6 +60,7 @@ setup(
         "gymnasium>=1.0,<2.0",
         "numpy>=1.20,<3.0",
         "torch>=2.8,<3.0",
+        "cloudpickle",
     ],
     extras_require={
         "zoo": ZOO,

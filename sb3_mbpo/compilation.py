@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,6 +38,8 @@ def why_not(attempt: Callable[[], None]) -> str | None:
     for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(switch) == "1":
             return f"{switch} is set"
+    if threading.current_thread() is not threading.main_thread():
+        return "torch.compile does not work in threads"
     try:
         with warnings.catch_warnings():
             # About torch's own use of torch, on its first compilation

@@ -2,7 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from io import BufferedIOBase
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -18,6 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
 
+from sb3_mbpo import __version__
 from sb3_mbpo.buffers import (
     MixedReplayBuffer,
     ModelReplayBuffer,
@@ -27,6 +31,7 @@ from sb3_mbpo.buffers import (
     n_transitions,
 )
 from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
+from sb3_mbpo.checkpoints import atomic_file, explained, saved_attributes
 from sb3_mbpo.compilation import compiled, why_not
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.termination import TerminationClassifier
@@ -219,6 +224,8 @@ class MBPO(SAC):
 
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
+        # That saved it, if it was loaded
+        self.sb3_mbpo_version = __version__
         self.last_model_training = 0
         self.last_rollouts = 0
         # Since the start of `learn()`
@@ -503,6 +510,94 @@ class MBPO(SAC):
         self.logger.record("model/real_buffer_size", n_transitions(self.replay_buffer))
         self.logger.record("model/model_buffer_size", self.model_buffer.size())
         super().dump_logs()
+
+    def save(
+        self,
+        path: str | Path | BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file, which appears under its name when it is
+        complete: what stops the process before leaves an older one as it was.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        self.sb3_mbpo_version = __version__
+        with atomic_file(path, "zip") if isinstance(path, str | Path) else nullcontext(path) as file:
+            super().save(file, exclude, include)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(
+        cls: type[SelfMBPO],
+        path: str | Path | BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfMBPO:
+        """
+        Load the model from a zip-file.
+        Warning: ``load`` re-creates the model from scratch, it does not update it in-place!
+        For an in-place load use ``set_parameters`` instead.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on
+            (can be None if you only need prediction from a trained model) has priority over any saved environment
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading; what is saved under their names is not unpickled.
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training
+        :param kwargs: extra arguments to change the model when loading
+        :return: new model instance with loaded parameters
+        :raises ValueError: if the file is truncated or altered, was saved by another algorithm, or does not fit this version
+            of the package or the arguments that were changed
+        """
+        saved = saved_attributes(path)
+        with explained(str(path), saved.get("sb3_mbpo_version"), kwargs):
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save_replay_buffer(self, path: str | Path | BufferedIOBase) -> None:
+        """
+        Save the replay buffer (real transitions) as a pickle file, which appears under its name when it is complete.
+
+        :param path: Path to the file where the replay buffer should be saved.
+        """
+        with atomic_file(path, "pkl") if isinstance(path, str | Path) else nullcontext(path) as file:
+            super().save_replay_buffer(file)  # type: ignore[arg-type]
+
+    def load_replay_buffer(self, path: str | Path | BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: With ``HerReplayBuffer``: whether the last trajectory in the buffer is taken for finished.
+        :raises ValueError: if the file is truncated or altered, or the buffer is of another environment
+        """
+        before = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+        except (FileNotFoundError, AssertionError):
+            self.replay_buffer = before
+            raise
+        # Which of many it is depends on where a byte is missing or wrong
+        except Exception as error:
+            self.replay_buffer = before
+            raise ValueError(f"The replay buffer {path} cannot be loaded (truncated or altered?): {error!r}") from error
+        buffer = self.replay_buffer
+        assert buffer is not None
+        for name, is_, ours in (
+            ("observation space", buffer.observation_space, self.observation_space),
+            ("action space", buffer.action_space, self.action_space),
+            ("number of parallel environments", buffer.n_envs, self.n_envs),
+        ):
+            if is_ != ours:
+                self.replay_buffer = before
+                raise ValueError(f"The replay buffer {path} has the {name} {is_}, but the agent's is {ours}")
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "model_buffer", "seconds", "is_compiled"]

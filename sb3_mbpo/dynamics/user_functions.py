@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
 from gymnasium import spaces
 
@@ -87,10 +88,18 @@ def check_transition_fn(
     :param observation_space: Of the environment
     :param action_space: Of the environment
     :param boolean: Whether it must return bools; finite floats otherwise
-    :raises ValueError: if it is no function, raises, or returns something of another type or shape
+    :raises ValueError: if it is no function, cannot be pickled, raises, or returns something of another type or shape
     """
     if not callable(fn):
         raise ValueError(f"`{name}` must be None or a function of (obs, action, next_obs), not {fn!r}")
+    try:
+        cloudpickle.dumps(fn)
+    # It raises whatever the objects do that the function refers to
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must be picklable, as it is saved with the agent, but it is not: {error!r}. Does it refer to an open "
+            "file, a lock, or an environment? Let it make what it needs by itself."
+        ) from error
     parts = list(observation_space.values()) if isinstance(observation_space, spaces.Dict) else [observation_space]
     # A number of rows that is no other dimension, so that a result along the wrong axis shows
     taken = {size for shape in map(shape_of, [*parts, action_space]) for size in (*shape, int(np.prod(shape)))}

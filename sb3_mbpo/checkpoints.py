@@ -1,0 +1,132 @@
+"""Files of an agent: written in one step, and checked before they are read."""
+
+import json
+import os
+import shutil
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+from sb3_mbpo import __version__
+
+# What only an agent of MBPO has in its zip
+OWN_ENTRY = "dynamics.pth"
+
+
+@contextmanager
+def atomic_file(path: str | Path, suffix: str) -> Iterator[IO[bytes]]:
+    """
+    A file that appears under its name, in place of an older one, only when it is complete: what stops the process before
+    leaves the older one as it was, and at most a file ``.<name>.<random>.tmp`` beside it.
+
+    Names are treated as by SB3: a missing suffix is added, a missing folder made, and a name that is a folder's gets ``_2``.
+
+    :param path: Where
+    :param suffix: If the name has none, without the dot
+    :return: For writing
+    """
+    target = Path(path)
+    if not target.suffix:
+        target = target.with_name(f"{target.name}.{suffix}")
+    if target.is_dir():
+        warnings.warn(f"Path '{target}' is a folder. Will save instead to {target}_2", stacklevel=4)
+        target = target.with_name(f"{target.name}_2")
+    if not target.parent.is_dir():
+        warnings.warn(f"Path '{target.parent}' does not exist. Will create it.", stacklevel=4)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    # The file that a link points to
+    target = target.resolve()
+    if target.exists() and not target.is_file():
+        # A pipe or a device cannot be replaced
+        with target.open("wb") as file:
+            yield file
+        return
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            # Before it gets its name, also in a power failure
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_file(path: str | Path, suffix: str) -> Path:
+    """
+    :param path: A file's name, with or without suffix
+    :param suffix: Without the dot
+    :return: The file that SB3 would open
+    :raises FileNotFoundError: if there is none
+    """
+    for candidate in (Path(path), Path(f"{path}.{suffix}")):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"There is neither a file '{path}' nor '{path}.{suffix}'")
+
+
+def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
+    """
+    Check the file of an agent as far as that can be done without unpickling anything: whether it is a complete zip, with the
+    checksums of all that is in it, and whether it is MBPO's.
+
+    :param path: As in ``MBPO.load``
+    :return: What is saved of an agent as JSON; what is pickled in it stays so
+    :raises ValueError: if the file is damaged, or another algorithm's
+    :raises FileNotFoundError: if there is none
+    """
+    file = find_file(path, "zip") if isinstance(path, str | Path) else path
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            names = archive.namelist()
+            # Without it, this may be the inside of a weight file, itself a zip, at which the file was cut off
+            if damaged is None and "data" not in names:
+                raise EOFError("it lacks the agent's attributes")
+            attributes: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
+    # Which of these it is depends on where a byte is missing or wrong
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"The file {file} is not the complete zip of an agent (truncated or altered?): {error}") from error
+    finally:
+        if isinstance(file, BufferedIOBase):
+            file.seek(0)
+    if damaged is not None:
+        raise ValueError(f"The file {file} is damaged: the checksum of '{damaged}' in it is wrong")
+    if OWN_ENTRY not in names:
+        raise ValueError(
+            f"The file {file} was not saved by MBPO: it has no dynamics model. Load it with the algorithm that saved it; "
+            "to start with the policy of a SAC, make an agent and call "
+            f"`agent.set_parameters({str(path)!r}, exact_match=False)`."
+        )
+    return attributes
+
+
+@contextmanager
+def explained(file: str, saved_version: str | None, changed: dict[str, Any]) -> Iterator[None]:
+    """
+    What goes wrong when an agent is put together again, as an error that says with what.
+
+    :param file: Its name
+    :param saved_version: Of this package, when it was saved
+    :param changed: Arguments that were changed at loading
+    :raises ValueError: in place of the errors of torch and SB3
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError) as error:
+        # SB3 looks for a DQN where names do not match, and fails at it
+        reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
+        with_changes = f", with {', '.join(sorted(changed))} changed (sizes of networks must be as saved)" if changed else ""
+        saved_by = saved_version or "(unknown version)"
+        raise ValueError(
+            f"The agent in {file}, saved by sb3_mbpo {saved_by}, does not fit sb3_mbpo {__version__}{with_changes}: {reason}"
+        ) from error

@@ -1,0 +1,412 @@
+"""Files of an agent: nothing half-written, nothing lost when the process is killed, and clear words about what is damaged."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import CheckpointCallback
+
+from sb3_mbpo import MBPO, __version__
+from sb3_mbpo.checkpoints import atomic_file
+from tests.agents import make_agent
+from tests.envs import CountingEnv
+from tests.test_save_load import assert_same_parameters
+
+ROOT = Path(__file__).parents[1]
+START = "import torch as th; th.set_num_threads(1); from tests.agents import make_agent; from sb3_mbpo import MBPO\n"
+
+
+def run(code, *arguments):
+    """Another process."""
+    return subprocess.run(
+        [sys.executable, "-c", START + code, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return make_agent(rollout_schedule=[0, 200, 1, 3]).learn(120)
+
+
+@pytest.fixture
+def saved(agent, tmp_path):
+    agent.save(tmp_path / "agent.zip")
+    return tmp_path / "agent.zip"
+
+
+# --- Resume across processes --------------------------------------------------------------------------------------------
+
+RESUME = """
+import sys
+import gymnasium as gym
+agent = MBPO.load(sys.argv[1], env=gym.make("Pendulum-v1"))
+agent.load_replay_buffer(sys.argv[2])
+agent.set_random_seed(7)
+agent.learn(int(sys.argv[3]), reset_num_timesteps=False)
+print(agent.num_timesteps, agent.lifetime_timesteps, int(agent.dynamics.n_fits), agent._n_updates)
+agent.save(sys.argv[4])
+"""
+
+
+def test_goes_on_in_another_process(agent, saved, tmp_path):
+    """The same steps, schedule, ensemble and updates, and in two processes the same numbers."""
+    agent.save_replay_buffer(tmp_path / "buffer.pkl")
+    results = [run(RESUME, saved, tmp_path / "buffer.pkl", 60, tmp_path / f"resumed{i}.zip") for i in range(2)]
+    fits, updates = int(agent.dynamics.n_fits), agent._n_updates
+    # Trained at 61 and 111, due again at 161; one update at each of the 60 steps: no second warm-up
+    for result in results:
+        assert result.returncode == 0, result.stdout
+        assert result.stdout.split() == ["180", "180", str(fits + 1), str(updates + 60)]
+    assert_same_parameters(*(MBPO.load(tmp_path / f"resumed{i}.zip") for i in range(2)))
+
+
+# --- Killed -------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from stable_baselines3.common.callbacks import CheckpointCallback
+from sb3_mbpo import callbacks
+from sb3_mbpo.dynamics import training
+
+where, folder = sys.argv[1:]
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+agent = make_agent()
+
+def killing(module, name, when):
+    "The `when`-th call goes half of the way."
+    original, count = getattr(module, name), 0
+    def call(*args, **kwargs):
+        nonlocal count
+        count += 1
+        result = original(*args, **kwargs)
+        if count == when:
+            kill()
+        return result
+    setattr(module, name, call)
+
+# The model is trained at steps 61, 111, 161; checkpoints are written at 40, 80, 120
+if where == "model training":
+    killing(training, "train_epoch", 23)
+elif where == "rollout":
+    from sb3_mbpo.buffers import ModelReplayBuffer
+    killing(ModelReplayBuffer, "extend", 3)
+elif where == "save":
+    # In the middle of the zip of step 120
+    saves = []
+    original = th.save
+    def save(*args, **kwargs):
+        if agent.num_timesteps == 120:
+            original(*args, **kwargs)
+            if len(saves) == 3:
+                kill()
+            saves.append(1)
+        else:
+            original(*args, **kwargs)
+    th.save = save
+elif where == "save of the replay buffer":
+    import pickle
+    dump = pickle.dump
+    def half(obj, file, protocol=None):
+        data = pickle.dumps(obj, protocol)
+        if agent.num_timesteps == 120:
+            file.write(data[: len(data) // 2]); file.flush()
+            kill()
+        file.write(data)
+    pickle.dump = half
+# Under the same names each time, as the zoo does with its replay buffer
+class Checkpoint(CheckpointCallback):
+    def _checkpoint_path(self, checkpoint_type="", extension=""):
+        return os.path.join(self.save_path, f"last{checkpoint_type}.{extension}")
+agent.learn(200, callback=Checkpoint(40, folder, save_replay_buffer=True))
+"""
+
+
+@pytest.mark.parametrize(
+    "where, last", [("model training", 160), ("rollout", 160), ("save", 80), ("save of the replay buffer", 120)]
+)
+def test_killed(where, last, tmp_path):
+    """What is there can be loaded and goes on: the checkpoint before, or the new one."""
+    result = run(KILLED, where, tmp_path)
+    assert result.returncode == -signal.SIGKILL, result.stdout
+    loaded = MBPO.load(tmp_path / "last.zip", env=gym.make("Pendulum-v1"))
+    loaded.load_replay_buffer(tmp_path / "lastreplay_buffer_.pkl")
+    assert loaded.num_timesteps == last
+    # Callbacks run before the step is stored and learned from
+    assert loaded.replay_buffer.size() == (79 if "save" in where else last - 1)
+    loaded.learn(30, reset_num_timesteps=False)
+    assert loaded.num_timesteps == last + 30 and loaded.model_buffer.size() > 0
+    assert loaded._n_updates == last - 1 + 30 - 60
+
+
+# --- Written in one step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save, name", [("save", "agent.zip"), ("save_replay_buffer", "agent.pkl")])
+def test_a_failed_save_leaves_the_old_file(agent, save, name, tmp_path, monkeypatch):
+    getattr(agent, save)(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(th, "save", full_disk)
+    monkeypatch.setattr(pickle, "dump", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        getattr(agent, save)(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_names_are_those_of_sb3(agent, as_path, tmp_path, recwarn):
+    """Suffix, folders that are missing, a name that is a folder's, file objects: the files that SAC would write."""
+    sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [4]}, buffer_size=10, device="cpu")
+    files = []
+    for folder, one in (("ours", agent), ("sacs", sac)):
+        (tmp_path / folder / "taken").mkdir(parents=True)
+        (tmp_path / folder / "taken.zip").mkdir()
+        for name in ("plain", "suffix.zip", "other.suffix", "missing/folder/agent", "taken.zip"):
+            one.save(as_path(tmp_path / folder / name))
+            one.save_replay_buffer(as_path(tmp_path / folder / f"{name}_buffer"))
+        files.append(sorted(path.relative_to(tmp_path / folder).as_posix() for path in (tmp_path / folder).rglob("*")))
+    assert files[0] == files[1]
+    messages = [str(warning.message).replace("/ours", "/sacs") for warning in recwarn if "ath" in str(warning.message)]
+    half = len(messages) // 2
+    assert half > 0 and sorted(messages[:half]) == sorted(messages[half:])
+
+
+def test_file_objects(agent, tmp_path):
+    stream, buffer = io.BytesIO(), io.BytesIO()
+    agent.save(stream)
+    agent.save_replay_buffer(buffer)
+    stream.seek(0), buffer.seek(0)
+    loaded = MBPO.load(stream)
+    assert_same_parameters(agent, loaded)
+    loaded.load_replay_buffer(buffer)
+    assert loaded.replay_buffer.size() == 120
+    with (tmp_path / "agent.zip").open("wb") as file:
+        agent.save(file)
+    with (tmp_path / "agent.zip").open("rb") as file:
+        assert_same_parameters(agent, MBPO.load(file))
+
+
+def test_links_permissions_and_devices(tmp_path):
+    target = tmp_path / "target.zip"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    (tmp_path / "link.zip").symlink_to(target)
+    with atomic_file(tmp_path / "link.zip", "zip") as file:
+        file.write(b"new")
+    assert (tmp_path / "link.zip").is_symlink() and target.read_bytes() == b"new" and target.stat().st_mode & 0o777 == 0o640
+    with atomic_file(os.devnull, "zip") as file:
+        file.write(b"new")
+    assert Path(os.devnull).is_char_device()
+
+
+# --- Read with care -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_zip(saved, share):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="truncated or altered") as error:
+        MBPO.load(saved)
+    assert str(saved) in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_altered_zip(saved, seed):
+    """A byte that is wrong, anywhere in what is saved."""
+    data = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        info = archive.infolist()[seed % len(archive.infolist())]
+        start = info.header_offset + 30 + len(info.filename)
+        place = start + np.random.default_rng(seed).integers(info.compress_size)
+    data[place] ^= 0xFF
+    saved.write_bytes(data)
+    with pytest.raises(ValueError, match=r"truncated or altered|checksum") as error:
+        MBPO.load(saved)
+    assert str(saved) in str(error.value)
+
+
+def rewritten(path, change):
+    """The same zip, with ``change(attributes)`` made to its JSON."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    attributes = json.loads(entries["data"])
+    change(attributes)
+    entries["data"] = json.dumps(attributes).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def test_no_zip_no_file(tmp_path):
+    (tmp_path / "text.zip").write_text("not a zip")
+    with pytest.raises(ValueError, match=r"text\.zip is not the complete zip"):
+        MBPO.load(tmp_path / "text.zip")
+    with pytest.raises(FileNotFoundError, match=r"missing"):
+        MBPO.load(tmp_path / "missing")
+
+
+def test_versions(saved, agent):
+    """What an older one did not know has its default, what a newer one knows beside is kept and does no harm."""
+    assert json.loads(zipfile.ZipFile(saved).read("data"))["sb3_mbpo_version"] == __version__
+
+    def change(attributes):
+        del attributes["model_max_epochs"], attributes["compile"]
+        attributes.update(sb3_mbpo_version="9.9.9", argument_of_the_future=3)
+
+    rewritten(saved, change)
+    loaded = MBPO.load(saved, env=gym.make("Pendulum-v1"))
+    assert loaded.model_max_epochs is None and loaded.compile == "auto" and loaded.sb3_mbpo_version == "9.9.9"
+    assert_same_parameters(agent, loaded)
+    loaded.learn(5)
+    loaded.save(saved)
+    assert MBPO.load(saved).sb3_mbpo_version == __version__
+
+
+def test_another_version_that_does_not_fit(saved):
+    with zipfile.ZipFile(saved) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    state = th.load(io.BytesIO(entries["dynamics.pth"]), weights_only=True)
+    state["new_weights"] = th.zeros(3)
+    stream = io.BytesIO()
+    th.save(state, stream)
+    with zipfile.ZipFile(saved, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, stream.getvalue() if name == "dynamics.pth" else content)
+    rewritten(saved, lambda attributes: attributes.update(sb3_mbpo_version="9.9.9"))
+    with pytest.raises(
+        ValueError, match=rf"(?s)agent\.zip, saved by sb3_mbpo 9\.9\.9, does not fit sb3_mbpo {__version__}.*new_weights"
+    ):
+        MBPO.load(saved)
+
+
+def test_without_a_version(saved):
+    def change(attributes):
+        del attributes["sb3_mbpo_version"]
+
+    rewritten(saved, change)
+    assert MBPO.load(saved).num_timesteps == 120
+    with pytest.raises(ValueError, match=r"unknown version"):
+        MBPO.load(saved, ensemble_size=4)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(ensemble_size=5), dict(model_hidden_sizes=[8, 8]), dict(model_hidden_sizes=[16])], ids=str
+)
+def test_sizes_cannot_be_changed_at_loading(saved, changes):
+    with pytest.raises(ValueError, match=rf"agent\.zip.*{next(iter(changes))} changed \(sizes of networks must be as saved\)"):
+        MBPO.load(saved, **changes)
+
+
+def test_zip_of_sac(tmp_path, agent):
+    sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [16]}, buffer_size=10, device="cpu")
+    sac.save(tmp_path / "sac.zip")
+    with pytest.raises(ValueError, match=r"sac\.zip was not saved by MBPO.*`agent\.set_parameters\(.*exact_match=False\)`"):
+        MBPO.load(tmp_path / "sac.zip")
+    # The advice is good
+    ours = make_agent()
+    ours.set_parameters(tmp_path / "sac.zip", exact_match=False)
+    for name, tensor in sac.policy.state_dict().items():
+        assert th.equal(ours.policy.state_dict()[name], tensor)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_loading_executes_no_more_than_sb3(saved, tmp_path):
+    """Weights are data only; what is pickled among the attributes is left alone if something else is given for it."""
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr("bomb.pth", pickle.dumps(Bomb(str(tmp_path / "exploded"))))
+    with pytest.raises((ValueError, pickle.UnpicklingError)):
+        MBPO.load(saved)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_custom_objects_keep_functions_from_being_unpickled(tmp_path):
+    agent = make_agent(CountingEnv(), termination_fn=lambda obs, action, next_obs: next_obs[:, 0] > 5)
+    agent.save(tmp_path / "agent.zip")
+
+    def change(attributes):
+        attributes["termination_fn"] = {":type:": "function", ":serialized:": "bm90IGEgcGlja2xl"}
+
+    rewritten(tmp_path / "agent.zip", change)
+    assert MBPO.load(tmp_path / "agent.zip", custom_objects={"termination_fn": None}).termination_fn is None
+
+
+def test_damaged_replay_buffer(agent, tmp_path):
+    path = tmp_path / "buffer.pkl"
+    agent.save_replay_buffer(path)
+    data = path.read_bytes()
+    fresh = make_agent(seed=3)
+    before = fresh.replay_buffer
+    for damaged in (data[: len(data) // 2], b"", b"nonsense"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"buffer\.pkl cannot be loaded \(truncated or altered\?\)"):
+            fresh.load_replay_buffer(path)
+        assert fresh.replay_buffer is before
+    with pytest.raises(FileNotFoundError):
+        fresh.load_replay_buffer(tmp_path / "missing")
+    path.write_bytes(pickle.dumps("a string"))
+    with pytest.raises(AssertionError, match="must inherit from ReplayBuffer"):
+        fresh.load_replay_buffer(path)
+    assert fresh.replay_buffer is before
+
+
+@pytest.mark.parametrize(
+    "other, name",
+    [(CountingEnv(), "observation space"), (gym.make("Pendulum-v1", disable_env_checker=True), "action space")],
+    ids=["observations", "actions"],
+)
+def test_replay_buffer_of_another_environment(other, name, agent, tmp_path):
+    if name == "action space":
+        other = gym.wrappers.RescaleAction(other, -1.0, 1.0)
+    make_agent(other).save_replay_buffer(tmp_path / "buffer.pkl")
+    fresh = make_agent()
+    with pytest.raises(ValueError, match=rf"buffer\.pkl has the {name} Box.*agent's is Box"):
+        fresh.load_replay_buffer(tmp_path / "buffer.pkl")
+    fresh.learn(62)
+
+
+@pytest.mark.parametrize("name", ["termination_fn", "reward_fn"])
+def test_functions_that_cannot_be_saved_are_refused_at_once(name):
+    lock = threading.Lock()
+
+    def function(obs, action, next_obs):
+        with lock:
+            return np.zeros(len(obs), dtype=bool if name == "termination_fn" else float)
+
+    with pytest.raises(ValueError, match=rf"`{name}` must be picklable.*lock"):
+        make_agent(**{name: function})
+
+
+def test_checkpoints_of_a_run_are_all_complete(tmp_path):
+    make_agent().learn(130, callback=CheckpointCallback(30, tmp_path, save_replay_buffer=True))
+    assert sorted(path.name for path in tmp_path.iterdir() if "buffer" not in path.name) == sorted(
+        f"rl_model_{step}_steps.zip" for step in (30, 60, 90, 120)
+    )
+    for path in tmp_path.glob("*.zip"):
+        assert zipfile.ZipFile(path).testzip() is None
