@@ -1,6 +1,7 @@
 """When the model is retrained and how far it is rolled out."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,13 +26,19 @@ from sb3_mbpo.compilation import compiled
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.training import fit, train_step
-from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
+from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn, describe_row
+from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.schedules import rollout_length
 from sb3_mbpo.spaces import arrays, dims_where, unflatten
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
 
+# Share of the real transitions, and of those that end an episode, on which a known function may disagree without a warning
+MAX_MISMATCH = 0.01
+MAX_TERMINAL_MISMATCH = 0.1
+# Relative to the reward and to the spread of all rewards
+REWARD_TOLERANCE = 0.01
 # Model rollouts that are made side by side: few enough for the processor's caches, which makes them 1.7 times as fast as
 # 100,000 at once
 ROLLOUTS_AT_ONCE = 10_000
@@ -68,6 +75,7 @@ class DynamicsCallback(BaseCallback):
         if agent.real_ratio == 1:
             return
         # Anew in every `learn()`, because between two of them users may change what is in the replay buffer
+        self.warned: set[str] = set()
         self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
         space = agent.observation_space
         self.binary_dims = dims_where(space, lambda name, part: isinstance(part, spaces.MultiBinary))
@@ -132,18 +140,21 @@ class DynamicsCallback(BaseCallback):
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
-            result = fit(
-                agent.dynamics,
-                th.cat([obs, actions], dim=1),
-                th.cat([rewards[:, None], next_obs - obs], dim=1),
-                max_epochs=agent.model_max_epochs,
-                compiled_step=compiled(train_step, agent.device.type) if agent.is_compiled["model"] else None,
-            )
+            try:
+                result = fit(
+                    agent.dynamics,
+                    th.cat([obs, actions], dim=1),
+                    th.cat([rewards[:, None], next_obs - obs], dim=1),
+                    max_epochs=agent.model_max_epochs,
+                    compiled_step=compiled(train_step, agent.device.type) if agent.is_compiled["model"] else None,
+                )
+            except DivergenceError:
+                agent.log_divergence("model")
+                raise
             # On the goals that were pursued: whether an episode ended may be about them
-            obs, actions, next_obs, _, terminated = transitions
             if self.termination_fn is None:
-                agent.termination_classifier.fit(next_obs, terminated)
-            mismatch = (self._termination(obs, actions, next_obs) != terminated).float().mean().item()
+                agent.termination_classifier.fit(transitions.next_obs, transitions.terminated)
+            self._compare_with_environment(transitions)
         seconds = agent.seconds["model"] - seconds
         if self.verbose >= 1:
             # The log keeps only the last one before it is written
@@ -155,7 +166,40 @@ class DynamicsCallback(BaseCallback):
         self.logger.record("model/holdout_mse", result.holdout_mse)
         self.logger.record("model/epochs", result.epochs)
         self.logger.record("model/training_seconds", seconds)
-        self.logger.record("model/termination_mismatch", mismatch)
+
+    def _compare_with_environment(self, transitions: Transitions) -> None:
+        """How far functions of transitions are from what the environment really did, in the log and, if too far, a warning."""
+        obs, actions, next_obs, rewards, terminated = transitions
+        predicted = self._termination(obs, actions, next_obs)
+        differs = predicted != terminated
+        self.logger.record("model/termination_mismatch", differs.float().mean().item())
+        # A learned condition knows no better than the data
+        is_rare = differs.sum() <= MAX_TERMINAL_MISMATCH * (predicted | terminated).sum()
+        if self.termination_fn is not None and not (is_rare and differs.float().mean() <= MAX_MISMATCH):
+            self._warn_once("termination_fn", "a terminal transition", predicted, terminated, differs, transitions)
+        if self.model.reward_fn is not None:
+            reward_fn = self._reward_source()
+            assert reward_fn is not None
+            predicted = reward_fn(obs, actions, next_obs)
+            differs = (predicted - rewards).abs() > REWARD_TOLERANCE * (rewards.abs() + rewards.std(correction=0))
+            self.logger.record("model/reward_mismatch", differs.float().mean().item())
+            if differs.float().mean() > MAX_MISMATCH:
+                self._warn_once("reward_fn", "the reward", predicted, rewards, differs, transitions)
+
+    def _warn_once(
+        self, name: str, what: str, predicted: th.Tensor, real: th.Tensor, differs: th.Tensor, transitions: Transitions
+    ) -> None:
+        if name in self.warned:
+            return
+        self.warned.add(name)
+        row = slice(int(differs.int().argmax()), int(differs.int().argmax()) + 1)
+        example = describe_row(*self._as_environment(*(column[row] for column in transitions[:3])), 0)
+        which = f"`{name}`" if getattr(self.model, name) is not None else "The termination derived from the environment"
+        warnings.warn(
+            f"{which} disagrees with the environment on {int(differs.sum()):,} of {len(differs):,} real transitions. For "
+            f"{example} {what} is {predicted[row].item()} by the function and {real[row].item()} by the environment.",
+            stacklevel=2,
+        )
 
     def _generate_rollouts(self, transitions: Transitions) -> None:
         agent = self.model
@@ -217,19 +261,16 @@ class DynamicsCallback(BaseCallback):
         self, fn: TransitionFn, name: str, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, boolean: bool
     ) -> th.Tensor:
         """Call a function of transitions with what the environment itself would see: its shapes, its action units."""
-        agent = self.model
-        before, action, after = (
-            unflatten(space, each.cpu().numpy())
-            for space, each in (
-                (agent.observation_space, obs),
-                (agent.action_space, actions),
-                (agent.observation_space, next_obs),
-            )
-        )
-        assert isinstance(action, np.ndarray)
-        values = apply_transition_fn(fn, name, before, agent.policy.unscale_action(action), after, boolean)
+        values = apply_transition_fn(fn, name, *self._as_environment(obs, actions, next_obs), boolean)
         # A copy, as the user's array may be read-only
-        return th.tensor(values, device=agent.device)
+        return th.tensor(values, device=self.model.device)
+
+    def _as_environment(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> tuple[Any, np.ndarray, Any]:
+        """Arrays, or dictionaries of them, in the environment's own shapes, and actions in its units."""
+        space, policy = self.model.observation_space, self.model.policy
+        before, after = (unflatten(space, each.cpu().numpy()) for each in (obs, next_obs))
+        action: Any = unflatten(self.model.action_space, actions.cpu().numpy())
+        return before, policy.unscale_action(action), after
 
     @contextmanager
     def _timed(self, what: str, description: str) -> Iterator[None]:

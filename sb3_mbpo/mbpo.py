@@ -37,9 +37,19 @@ from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.termination import TerminationClassifier
 from sb3_mbpo.dynamics.training import train_step, try_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
+from sb3_mbpo.errors import DivergenceError, UnsupportedSpaceError
 from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, rollout_length
-from sb3_mbpo.spaces import UnsupportedSpaceError, check_goals, check_spaces, flat_dim
-from sb3_mbpo.update import not_covered, optimizers, run_updates, sac_update, try_update
+from sb3_mbpo.spaces import check_goals, check_spaces, flat_dim
+from sb3_mbpo.update import (
+    has_finite_networks,
+    networks_state,
+    not_covered,
+    optimizers,
+    restore_networks,
+    run_updates,
+    sac_update,
+    try_update,
+)
 
 __all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy", "UnsupportedSpaceError"]
 
@@ -118,8 +128,9 @@ class MBPO(SAC):
         shape ``(n,)``. If None, it is derived from the
         environment where that is known (Gymnasium's MuJoCo tasks and Pendulum), and otherwise learned from the real data.
         Saved with the agent, so it must be picklable.
+        If it disagrees with more than 1 % of the real transitions, or 10 % of the terminal ones, a warning says so.
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
-        the model predicts the reward.
+        the model predicts the reward. If it disagrees with more than 1 % of the real transitions, a warning says so.
     :param model_max_epochs: Epochs after which a training of the model stops even if it still improves. None: the paper's
         rule alone
     :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): more than twice
@@ -240,7 +251,8 @@ class MBPO(SAC):
         """
         :raises ValueError: if one of MBPO's own arguments is not in its range
         """
-        for name in ("ensemble_size", "num_elites", "model_train_freq", "rollout_batch_size", "model_retain_epochs"):
+        whole = ("batch_size", "ensemble_size", "num_elites", "model_train_freq", "rollout_batch_size", "model_retain_epochs")
+        for name in whole:
             value = getattr(self, name)
             if not is_whole_number(value) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number, 1 or more, not {value!r}")
@@ -386,6 +398,8 @@ class MBPO(SAC):
 
         :param gradient_steps: Number of updates, may be 0
         :param batch_size: Transitions in each batch
+        :raises DivergenceError: (a ``ValueError``) if a weight is not finite afterwards; the agent then has the weights that
+            it had before
         """
         if gradient_steps == 0:
             return
@@ -393,17 +407,41 @@ class MBPO(SAC):
         # Anew each time, as users may have changed the agent
         is_compiled = self.is_compiled["updates"] and bool(self.compile) and not_covered(self) is None
         self.logger.record("train/compiled", int(is_compiled))
-        if is_compiled:
-            self._train_compiled(gradient_steps, batch_size)
-        else:
-            replay_buffer = self.replay_buffer
-            # What SAC samples from
-            self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
-            try:
-                super().train(gradient_steps, batch_size)
-            finally:
-                self.replay_buffer = replay_buffer
+        try:
+            (self._train_compiled if is_compiled else self._train_as_sac)(gradient_steps, batch_size)
+        except DivergenceError as error:
+            self.log_divergence("train")
+            raise DivergenceError(
+                f"Gradient updates diverged at step {self.num_timesteps:,}: a weight of the policy is not finite. The weights "
+                "are those from before. Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
+            ) from error
         self.seconds["updates"] += time.perf_counter() - start
+
+    def _train_as_sac(self, gradient_steps: int, batch_size: int) -> None:
+        """``SAC.train`` on the mixed buffer."""
+        before, not_a_number = networks_state(self), None
+        replay_buffer = self.replay_buffer
+        # What SAC samples from
+        self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
+        try:
+            super().train(gradient_steps, batch_size)
+        except ValueError as error:
+            # Of torch's distributions, if the actor's output is not a number
+            not_a_number = error
+        finally:
+            self.replay_buffer = replay_buffer
+        if not has_finite_networks(self):
+            restore_networks(self, before)
+            raise DivergenceError from not_a_number
+        if not_a_number is not None:
+            raise not_a_number
+
+    def log_divergence(self, what: str) -> None:
+        """
+        :param what: "model" or "train"
+        """
+        self.logger.record(f"{what}/diverged", 1)
+        self.dump_logs()
 
     def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
         """What ``SAC.train`` does, with all batches sampled at once and the updates compiled."""
@@ -479,6 +517,11 @@ class MBPO(SAC):
         # Attributes may have been changed, and a replay buffer may have been loaded, since they were checked
         self._check_arguments()
         assert self.replay_buffer is not None
+        if self.real_ratio < 1 and max_transitions(self.replay_buffer) < 2:
+            raise ValueError(
+                f"`buffer_size` must be 2 or more for `learn`, not {self.buffer_size!r}: with one transition there is nothing "
+                "to fit a model to and to check it with"
+            )
         check_finite(self.replay_buffer)
         steps = self.num_timesteps
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)

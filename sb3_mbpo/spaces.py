@@ -9,11 +9,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_mbpo.errors import UnsupportedSpaceError
+
 Array = TypeVar("Array", np.ndarray, th.Tensor)
-
-
-class UnsupportedSpaceError(ValueError, AssertionError):
-    """A space that the model cannot work with. (SB3 itself raises an ``AssertionError`` here.)"""
 
 
 def _is_float_box(space: spaces.Space[Any]) -> bool:
@@ -45,7 +43,10 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             f"whole numbers with `{as_floats}`."
         )
     elif not _is_float_box(observation_space):
-        raise UnsupportedSpaceError(f"{has} {allowed}: convert them with `{as_floats}`. The model is not made for images.")
+        raise UnsupportedSpaceError(
+            f"{has} {allowed}. Images are refused, as the model is not made for them (SB3's SAC with CnnPolicy is); other "
+            f"numbers can be converted with `{as_floats}`."
+        )
     elif observation_space.shape == ():
         raise UnsupportedSpaceError(
             f"{has} {allowed}: wrap the environment with `gymnasium.wrappers.ReshapeObservation(env, (1,))`."

@@ -4,7 +4,8 @@ whole of it compiles to one graph. Its numbers are those of ``SAC.train``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple, cast
 
 import torch as th
@@ -16,6 +17,7 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, is_plain_adam, live_tensors
+from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.spaces import flat_dim, flatten
 
 
@@ -332,6 +334,48 @@ def write_state(agent: SAC, state: State) -> None:
             write(own, list(new.values()))
 
 
+def _are_finite(tensors: Iterable[th.Tensor]) -> bool:
+    # One number that is not finite makes the sum so
+    return bool(th.isfinite(th.stack([tensor.sum() for tensor in tensors])).all())
+
+
+@th.no_grad()
+def has_finite_networks(agent: SAC) -> bool:
+    """
+    :param agent: SAC or a subclass
+    :return: Whether all its weights, and its entropy coefficient, are finite
+    """
+    ent_coef = [] if agent.log_ent_coef is None else [agent.log_ent_coef]
+    return _are_finite([*agent.policy.parameters(), *ent_coef])
+
+
+NetworksState = tuple[dict[str, Any], list[dict[str, Any]], th.Tensor | None]
+
+
+def networks_state(agent: SAC) -> NetworksState:
+    """
+    :param agent: SAC or a subclass
+    :return: Copies of all that ``SAC.train`` changes in it
+    """
+    weights = {name: tensor.clone() for name, tensor in agent.policy.state_dict().items()}
+    ent_coef = None if agent.log_ent_coef is None else agent.log_ent_coef.detach().clone()
+    return weights, [deepcopy(optimizer.state_dict()) for optimizer in optimizers(agent)], ent_coef
+
+
+@th.no_grad()
+def restore_networks(agent: SAC, state: NetworksState) -> None:
+    """
+    :param agent: Changed
+    :param state: What :func:`networks_state` gave for it
+    """
+    weights, of_optimizers, ent_coef = state
+    agent.policy.load_state_dict(weights)
+    for optimizer, saved in zip(optimizers(agent), of_optimizers, strict=True):
+        optimizer.load_state_dict(saved)
+    if agent.log_ent_coef is not None and ent_coef is not None:
+        agent.log_ent_coef.copy_(ent_coef)
+
+
 Update = Callable[[Networks, State, Batch, Settings], th.Tensor]
 
 
@@ -376,9 +420,13 @@ def run_updates(agent: SAC, samples: ReplayBufferSamples, noise: th.Tensor, upda
     :param noise: Standard normal, ``(2, n_updates, batch, action_dim)``: for observations and for their successors
     :param update: :func:`sac_update` or what it was compiled to
     :return: What ``update`` returned each time, ``(n_updates, 4)``
+    :raises DivergenceError: if a weight is not finite then; the agent is as it was
     """
     networks, state, arguments = prepare_updates(agent, samples, noise)
     results = [update(networks, state, batch, settings) for batch, settings in arguments]
+    tensors = [*state.actor.parameters.values(), *state.critic.parameters.values(), *state.ent_coef.parameters.values()]
+    if not _are_finite(tensors):
+        raise DivergenceError
     write_state(agent, state)
     for optimizer in optimizers(agent):
         count_steps(optimizer, len(results))

@@ -20,5 +20,5 @@ SMALL = dict(
 )
 
 
-def make_agent(env="Pendulum-v1", **kwargs):
-    return MBPO("MlpPolicy", env, **{**SMALL, **kwargs})
+def make_agent(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    return MBPO(policy, env, **{**SMALL, **kwargs})

@@ -12,12 +12,23 @@ class CountingEnv(gym.Env):
 
     :param episode_length: After how many steps the episode ends
     :param truncate: Whether it is truncated then, else terminated
+    :param noise: Of the reward
     """
 
-    def __init__(self, obs_shape=(2,), action_dim=1, episode_length=10, truncate=False, low=-1.0, high=1.0, dtype=np.float32):
+    def __init__(
+        self,
+        obs_shape=(2,),
+        action_dim=1,
+        episode_length=10,
+        truncate=False,
+        low=-1.0,
+        high=1.0,
+        dtype=np.float32,
+        noise=0.1,
+    ):
         self.observation_space = spaces.Box(-np.inf, np.inf, obs_shape, dtype)
         self.action_space = spaces.Box(low, high, (action_dim,), np.float32)
-        self.episode_length, self.truncate = episode_length, truncate
+        self.episode_length, self.truncate, self.noise = episode_length, truncate, noise
         self.count = 0
 
     def _obs(self):
@@ -31,7 +42,7 @@ class CountingEnv(gym.Env):
     def step(self, action):
         self.count += 1
         over = self.count >= self.episode_length
-        reward = float(action[0]) + 0.1 * self.np_random.normal()
+        reward = float(action[0]) + self.noise * self.np_random.normal()
         return self._obs(), reward, over and not self.truncate, over and self.truncate, {}
 
 

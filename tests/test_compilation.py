@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
 from copy import deepcopy
@@ -182,6 +183,26 @@ class Recorded:
     def sample(self, batch_size, env=None):
         self.next += 1
         return ReplayBufferSamples(*(None if column is None else column[self.next - 1] for column in self.batches))
+
+
+def test_not_in_a_thread():
+    """Where torch.compile fails from the second thread of a process on: trials of Optuna's ``n_jobs``, for instance."""
+    agents, reports = [make_agent(compile=True) for _ in range(2)], []
+
+    def learn(agent):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            agent.learn(70)
+        reports.extend(str(each.message) for each in caught)
+
+    # One after the other, as warnings are caught for the whole process
+    for agent in agents:
+        thread = threading.Thread(target=learn, args=[agent])
+        thread.start()
+        thread.join()
+    assert [agent._n_updates for agent in agents] == [10, 10]
+    assert not any(is_compiled for agent in agents for is_compiled in agent.is_compiled.values())
+    assert sum("torch.compile does not work in threads" in report for report in reports) == 2
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])

@@ -60,7 +60,7 @@ def test_loss_and_gradients_against_float64():
     ensemble = make_ensemble().double()
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 5, 5)), rng.normal(size=(4, 5, 4))
-    ensemble.set_input_stats(th.tensor(rng.normal(2, 3, size=(50, 5))))
+    ensemble.set_stats(th.tensor(rng.normal(2, 3, size=(50, 5))), th.ones(1, 4))
     with th.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * th.randn_like(parameter)
@@ -121,7 +121,7 @@ def test_constant_input_does_not_divide_by_zero(constant):
     ensemble = make_ensemble()
     inputs = th.randn(100, 5) * 3 + 1
     inputs[:, 2] = constant
-    ensemble.set_input_stats(inputs)
+    ensemble.set_stats(inputs, th.ones(1, 4))
     assert ensemble.input_std[2] == 1
     varying = [0, 1, 3, 4]
     np.testing.assert_allclose(ensemble.input_mean, inputs.double().mean(0), rtol=1e-6)
@@ -187,7 +187,7 @@ def test_samples_come_from_elites_only_and_uniformly():
 def test_samples_have_the_predicted_distribution():
     th.manual_seed(0)
     ensemble = make_ensemble(3, 2, n_members=1, n_elites=1)
-    ensemble.set_input_stats(th.randn(100, 5) * 4)
+    ensemble.set_stats(th.randn(100, 5) * 4, th.ones(1, 4))
     row = th.randn(1, 5)
     mean, log_var = ensemble(row[None])
     n = 200_000

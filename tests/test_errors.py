@@ -36,6 +36,7 @@ from tests.envs import CountingEnv, FaultyEnv
         ("model_train_freq", 0),
         ("model_train_freq", None),
         ("rollout_batch_size", -5),
+        ("batch_size", 0),
         ("model_retain_epochs", 0),
         ("real_ratio", -0.1),
         ("real_ratio", 1.01),

@@ -202,10 +202,10 @@ def test_no_warnings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agent = make_agent(
-            CountingEnv(),
-            # Read-only arrays
+            CountingEnv(truncate=True, noise=0),
+            # A read-only array
             termination_fn=lambda obs, action, next_obs: np.broadcast_to(False, len(obs)),
-            reward_fn=lambda obs, action, next_obs: np.broadcast_to(1.0, len(obs)),
+            reward_fn=lambda obs, action, next_obs: action[:, 0],
         ).learn(120)
         agent.save(tmp_path / "agent.zip")
         MBPO.load(tmp_path / "agent.zip", env=CountingEnv()).learn(40)

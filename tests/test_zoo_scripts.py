@@ -483,15 +483,3 @@ def test_optimize_another_algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     zoo("train", *of_sac, "-conf", "sac.yml", *search)
     (trial,) = open_study("study.log").trials
     assert trial.state.is_finished() and "n_timesteps" not in trial.user_attrs | trial.params
-
-
-def test_threads_do_not_compile(tmp_path: Path) -> None:
-    def hyperparams(n_jobs: int, **given: Any) -> dict[str, Any]:
-        experiment = manager(tmp_path, env=ENV_ID, n_jobs=n_jobs, optimize_hyperparameters=True, hyperparams=given)
-        return experiment.read_hyperparameters()[0]
-
-    assert hyperparams(n_jobs=2)["compile"] is False
-    assert hyperparams(n_jobs=2, compile="auto")["compile"] is False
-    assert "compile" not in hyperparams(n_jobs=1)
-    with pytest.raises(ValueError, match="compile=True does not work with --n-jobs"):
-        hyperparams(n_jobs=2, compile=True)

@@ -39,6 +39,20 @@ def input_stats(inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     return mean, th.where(constant, 1.0, std)
 
 
+def target_scale(targets: th.Tensor, scale: th.Tensor) -> th.Tensor:
+    """
+    Powers of ten that the outputs are multiplied with, so that the networks' own are neither huge nor tiny. They are 1
+    for what the constants of the authors' release are made for, targets of a root mean square between 0.001 and 1,000.
+
+    :param targets: ``(n, dim)``
+    :param scale: The present one, ``(dim,)``, kept where the targets are still within a factor of 1,000 of it
+    :return: ``(dim,)``
+    """
+    size = targets.double().square().mean(dim=0).sqrt()
+    is_off = (size > 0) & ((size / scale).log10().abs() >= 3)
+    return th.where(is_off, 10 ** size.log10().round(), scale.double()).to(scale)
+
+
 def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor) -> th.Tensor:
     """
     Negative log-likelihood of a diagonal Gaussian, times two and without its constant, averaged over dimensions
@@ -58,7 +72,8 @@ class Ensemble(nn.Module):
     (paper, section 5; architecture and constants of the authors' release).
 
     The weights of all members are stacked, ``(n_members, in, out)``, so that one product per layer serves all.
-    Observations and rewards are in raw units, actions in [-1, 1] as in SB3's replay buffers.
+    Observations and rewards are in raw units, actions in [-1, 1] as in SB3's replay buffers. Targets are not standardised,
+    but those that are huge or tiny have a scale (:func:`target_scale`).
 
     Constructing it does not touch the global random state, so that an agent that never uses the model
     sees the same random numbers as SB3's ``SAC``.
@@ -91,10 +106,12 @@ class Ensemble(nn.Module):
         # All floats, also what is counted or indexed: SB3's tools fill every entry of a state dict with random floats
         self.register_buffer("input_mean", th.zeros(sizes[0]))
         self.register_buffer("input_std", th.ones(sizes[0]))
+        self.register_buffer("target_scale", th.ones(sizes[-1]))
         self.register_buffer("elites", th.arange(n_elites, dtype=th.float32))
         self.register_buffer("n_fits", th.zeros(()))
         self.input_mean: th.Tensor
         self.input_std: th.Tensor
+        self.target_scale: th.Tensor
         self.elites: th.Tensor
         self.n_fits: th.Tensor
 
@@ -106,15 +123,17 @@ class Ensemble(nn.Module):
         """Whether it has seen data: an ensemble that has not must not generate any."""
         return self.n_fits.item() > 0
 
-    def set_input_stats(self, inputs: th.Tensor) -> None:
+    def set_stats(self, inputs: th.Tensor, targets: th.Tensor) -> None:
         """
-        Refit the standardisation of the inputs.
+        Refit the standardisation of the inputs and the scale of the targets.
 
         :param inputs: ``(n, obs_dim + action_dim)``
+        :param targets: ``(n, 1 + obs_dim)``
         """
         mean, std = input_stats(inputs)
         self.input_mean.copy_(mean)
         self.input_std.copy_(std)
+        self.target_scale.copy_(target_scale(targets, self.target_scale))
 
     def forward(self, inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -132,7 +151,7 @@ class Ensemble(nn.Module):
         mean, log_var = (th.bmm(hidden, weights[-1]) + biases[-1]).chunk(2, dim=-1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
-        return mean, log_var
+        return mean * self.target_scale, log_var + 2 * self.target_scale.log()
 
     def loss(self, inputs: th.Tensor, targets: th.Tensor, parameters: Tensors | None = None) -> th.Tensor:
         """
@@ -156,10 +175,10 @@ class Ensemble(nn.Module):
         """
         :param inputs: ``(n, obs_dim + action_dim)``, the same for every member
         :param targets: ``(n, 1 + obs_dim)``
-        :return: Mean squared error of each member's mean, ``(n_members,)``
+        :return: Mean squared error of each member's mean, in units of ``target_scale``, ``(n_members,)``
         """
         mean, _ = self(inputs.expand(self.n_members, -1, -1))
-        return (mean - targets).square().mean(dim=(1, 2))
+        return ((mean - targets) / self.target_scale).square().mean(dim=(1, 2))
 
     @th.no_grad()
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

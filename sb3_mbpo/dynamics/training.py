@@ -9,6 +9,7 @@ from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
 from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
 HOLDOUT_RATIO = 0.2
@@ -31,7 +32,7 @@ class FitResult(NamedTuple):
     What one training of the ensemble did.
 
     :param train_loss: Mean loss of the last epoch
-    :param holdout_mse: Mean squared holdout error of the elites, raw units
+    :param holdout_mse: Mean squared holdout error of the elites, raw units (huge or tiny targets: see ``target_scale``)
     :param epochs: Epochs until early stopping
     """
 
@@ -207,8 +208,8 @@ def fit(
     :param max_epochs: Epochs after which training stops in any case
     :param compiled_step: What :func:`train_step` was compiled to
     :return: Losses and number of epochs
-    :raises ValueError: if there are fewer than two rows, if a row is not finite, or if training diverges;
-        the ensemble then has the weights it had before
+    :raises ValueError: if there are fewer than two rows, or if a row is not finite
+    :raises DivergenceError: if training diverges; the ensemble then has the weights it had before
     """
     if len(inputs) < 2:
         raise ValueError(f"The dynamics model needs at least 2 transitions to train on, not {len(inputs)}")
@@ -221,7 +222,7 @@ def fit(
     train, holdout = split_holdout(len(inputs), inputs.device)
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     best = BestWeights(ensemble)
-    ensemble.set_input_stats(inputs[train])
+    ensemble.set_stats(inputs[train], targets[train])
     indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
     held_out = inputs[holdout], targets[holdout]
     # With less data than that, each pass is one step: more rows would be the same ones again
@@ -237,7 +238,7 @@ def fit(
         if not (th.isfinite(mse).all() and th.isfinite(train_loss)):
             ensemble.load_state_dict(before)
             ensemble.optimizer.state.clear()
-            raise ValueError(
+            raise DivergenceError(
                 f"Training of the dynamics model diverged in epoch {epochs}: holdout errors {mse.tolist()}. Its weights are "
                 "those from before. Lower `model_learning_rate` or scale the observations and rewards."
             )

@@ -52,7 +52,6 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
       leaves them out there, so that an Ant with fewer observations would meet one with more.
     - ``--trial-id 0`` is a trial. The zoo itself takes it for none, as it silently does without a study.
     - With ``-i``, the sizes of the model's networks are the agent's, not the YAML's, as the zoo does with ``policy_kwargs``.
-    - With ``--n-jobs``, trials run in threads, in which ``torch.compile`` does not work: nothing is compiled.
     - The sampler of ``--optimize`` learns the number of environment steps, which rollout schedules depend on.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
@@ -89,10 +88,6 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
             for name in {"ensemble_size", "model_hidden_sizes"} - set(given):
                 hyperparams.pop(name, None)
                 saved_hyperparams.pop(name, None)
-        if self.optimize_hyperparameters and self.n_jobs > 1:
-            if hyperparams.get("compile") is True:
-                raise ValueError("compile=True does not work with --n-jobs: start several processes with the same --storage")
-            hyperparams["compile"] = False
         return hyperparams, saved_hyperparams
 
     def objective(self: "ExperimentManager", trial: "optuna.Trial") -> float:

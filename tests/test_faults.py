@@ -1,0 +1,379 @@
+"""Environments, data and functions that misbehave: each ends in learning or in a clear error, never in a silent NaN."""
+
+import csv
+import warnings
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_mbpo import callbacks
+from sb3_mbpo.dynamics.ensemble import Ensemble, target_scale
+from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.errors import DivergenceError
+from sb3_mbpo.update import networks_state
+from tests.agents import make_agent
+from tests.envs import CountingEnv, GoalEnv, PointEnv
+
+
+def assert_all_finite(agent):
+    for module in (agent.policy, agent.dynamics):
+        for name, tensor in module.state_dict().items():
+            assert th.isfinite(tensor).all(), name
+    n = agent.model_buffer.size()
+    assert n > 0
+    for column in agent.model_buffer._columns():
+        assert th.isfinite(column[:n]).all()
+    values = {key: value for key, value in agent.logger.name_to_value.items() if isinstance(value, float)}
+    assert all(np.isfinite(value) for value in values.values()), values
+
+
+# --- Environments -------------------------------------------------------------------------------------------------------
+
+
+class StrangeEnv(gym.Env):
+    """
+    Uniform observations and rewards, with something wrong.
+
+    :param kind: What
+    """
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def _obs(self):
+        obs = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        if self.kind == "constant dimensions":
+            obs[:2] = 0, 7
+        if self.kind == "constant observations":
+            obs[:] = 3
+        if self.kind == "beyond its bounds":
+            obs *= 100
+        if self.kind == "tiny observations":
+            obs *= 1e-6
+        if self.kind == "huge observations":
+            obs *= 1e6
+        if self.kind == "bounds that change":
+            self.observation_space = spaces.Box(-self.np_random.uniform(1, 2), 2, (3,), np.float32)
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = self._obs()
+        reward = {"no variance": 2.5, "no reward": 0.0, "huge rewards": 1e6 * obs[0], "tiny rewards": 1e-6 * obs[0]}.get(
+            self.kind, float(obs[0])
+        )
+        terminated = self.kind == "terminates at once" or (
+            self.kind == "terminates at random" and self.np_random.random() < 0.2
+        )
+        truncated = self.kind == "truncated at once" or (self.kind != "never ends" and self.steps == 20)
+        return obs, float(reward), terminated, truncated, {}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "terminates at once",
+        "truncated at once",
+        "terminates at random",
+        "never ends",
+        "constant dimensions",
+        "constant observations",
+        "beyond its bounds",
+        "bounds that change",
+        "tiny observations",
+        "huge observations",
+        "no variance",
+        "no reward",
+        "huge rewards",
+        "tiny rewards",
+    ],
+)
+def test_strange_environments(kind):
+    agent = make_agent(StrangeEnv(kind), rollout_schedule=[0, 0, 3, 3]).learn(170)
+    assert agent.dynamics.n_fits == 3 and agent._n_updates == 110
+    assert_all_finite(agent)
+
+
+class ScaledEnv(PointEnv):
+    """
+    :param scale: Of the rewards
+    """
+
+    def __init__(self, scale):
+        super().__init__(price=0)
+        self.scale = scale
+
+    def step(self, action):
+        obs, reward, *others = super().step(action)
+        return obs, self.scale * reward, *others
+
+
+@pytest.mark.parametrize("scale", [1e6, 1, 1e-6])
+def test_rewards_of_any_size_are_learned(scale):
+    """In raw units, also under a wrapper that normalises them for the policy."""
+    env = VecNormalize(DummyVecEnv([lambda: ScaledEnv(scale)]), norm_obs=False)
+    agent = make_agent(
+        env, learning_starts=500, rollout_batch_size=500, model_hidden_sizes=[64, 64], model_max_epochs=50
+    ).learn(501)
+    buffer = agent.model_buffer
+    true = -scale * buffer.next_observations[:500, 0].abs()
+    explained = 1 - ((buffer.rewards[:500, 0] - true).square().mean() / true.var())
+    assert explained > 0.8
+    assert_all_finite(agent)
+
+
+@pytest.mark.slow
+def test_learns_from_huge_rewards():
+    """With what SB3 offers against it: rewards that are normalised for the policy. The model is in raw units."""
+    env = VecNormalize(DummyVecEnv([lambda: ScaledEnv(1e6)]), norm_obs=False, gamma=0.95)
+    agent = make_agent(
+        env,
+        learning_starts=200,
+        gradient_steps=5,
+        batch_size=128,
+        learning_rate=1e-3,
+        gamma=0.95,
+        rollout_batch_size=2_000,
+        policy_kwargs={"net_arch": [64, 64]},
+        model_hidden_sizes=[64, 64],
+    ).learn(1_200)
+    plain, returns, best = PointEnv(price=0), [], []
+    for seed in range(20):
+        obs, _ = plain.reset(seed=seed)
+        best.append(PointEnv.best_return(plain.x))
+        total, over = 0.0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = plain.step(agent.predict(obs, deterministic=True)[0])
+            total, over = total + reward, terminated or truncated
+        returns.append(total)
+    assert np.mean(returns) > np.mean(best) - 3, (np.mean(returns), np.mean(best))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-4, 0.002, 0.5, 999.0, 2e3, 1e9])
+def test_target_scale(size):
+    """A power of ten, of the size of the targets, but 1 where the release's constants fit; then it stays while it fits."""
+    th.manual_seed(0)
+    targets = size * th.randn(1_000, 1).sign()
+    scale = target_scale(targets, th.ones(1)).item()
+    if 1e-3 < size < 1e3:
+        assert scale == 1
+    else:
+        assert 0.3 < size / scale < 3.2 and np.log10(scale) == pytest.approx(round(np.log10(scale)), abs=1e-6)
+    for factor in (0.01, 1, 100):
+        assert target_scale(scale * factor * th.ones(10, 1), th.full((1,), scale)).item() == scale
+    assert target_scale(0 * targets, th.ones(1)) == 1
+
+
+def test_scaled_targets_are_learned_as_well_as_others():
+    """The same networks and batches: the same predictions, scaled."""
+    th.manual_seed(0)
+    inputs = th.randn(400, 3)
+    targets = th.stack([inputs[:, 0] * 5, inputs[:, 1], inputs[:, 2] * 3], dim=1)
+    results = []
+    for factor in (1, 1e6, 1e-6):
+        th.manual_seed(1)
+        ensemble = Ensemble(2, 1, [16, 16], 3, 2, 1e-3)
+        # The second dimension, of size 1, has the scale 1e6 or 1e-6
+        result = fit(ensemble, inputs, targets * th.tensor([1, factor, 1]), max_epochs=5)
+        mean, log_var = ensemble(inputs.expand(3, -1, -1))
+        results.append((result.holdout_mse, mean[..., 1] / factor, log_var[..., 1] - 2 * np.log(factor)))
+        assert ensemble.target_scale.tolist() == pytest.approx([1, factor, 1])
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(
+                np.asarray(th.as_tensor(one).detach()), th.as_tensor(another).detach(), rtol=2e-2, atol=2e-2
+            )
+
+
+def test_scale_is_saved(tmp_path):
+    agent = make_agent(StrangeEnv("huge rewards")).learn(61)
+    agent.save(tmp_path / "agent.zip")
+    loaded = type(agent).load(tmp_path / "agent.zip")
+    assert loaded.dynamics.target_scale[0] == agent.dynamics.target_scale[0] > 1e5
+
+
+# --- Little data --------------------------------------------------------------------------------------------------------
+
+
+def test_buffer_of_one_transition():
+    agent = make_agent(buffer_size=1)
+    with pytest.raises(ValueError, match="`buffer_size` must be 2 or more for `learn`, not 1"):
+        agent.learn(10)
+    # Enough to act, as scripts that only show an agent know
+    assert agent.predict(np.zeros(3, dtype=np.float32))[0].shape == (1,)
+    make_agent(buffer_size=1, real_ratio=1).learn(70)
+
+
+@pytest.mark.parametrize("buffer_size, batch_size", [(2, 32), (10, 256), (70, 71)])
+def test_buffer_smaller_than_a_batch(buffer_size, batch_size):
+    agent = make_agent(buffer_size=buffer_size, batch_size=batch_size).learn(130)
+    assert agent.dynamics.n_fits == 2 and agent._n_updates == 70
+    assert_all_finite(agent)
+
+
+@pytest.mark.parametrize("learning_starts", [0, 1, 2])
+def test_almost_no_data(learning_starts):
+    agent = make_agent(learning_starts=learning_starts).learn(60)
+    assert agent.dynamics.is_fitted
+    assert_all_finite(agent)
+
+
+def test_a_single_step():
+    agent = make_agent(learning_starts=0).learn(1)
+    assert agent.num_timesteps == 1 and not agent.dynamics.is_fitted
+
+
+# --- Divergence ---------------------------------------------------------------------------------------------------------
+
+
+def logged(folder):
+    """What a CSV logger has written last."""
+    with (folder / "progress.csv").open() as file:
+        return list(csv.DictReader(file))[-1]
+
+
+def same(first, second):
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return th.equal(first, second) if isinstance(first, th.Tensor) else first == second
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["SAC.train", "compiled"])
+@pytest.mark.parametrize("kwargs", [{}, {"ent_coef": 0.1}], ids=["learned entropy", "fixed entropy"])
+def test_diverging_updates(compile, kwargs, tmp_path):
+    """The last good weights are kept, optimizers and entropy coefficient too; it is logged."""
+    agent = make_agent(compile=compile, gradient_steps=3, **kwargs).learn(62)
+    assert agent.is_compiled["updates"] is compile
+    agent.set_logger(configure(str(tmp_path), ["csv"]))
+    agent.learning_rate = 1e30
+    agent._setup_lr_schedule()
+    with pytest.raises(DivergenceError, match=r"Gradient updates diverged at step 62: .*from before.*`learning_rate`"):
+        for _ in range(5):
+            good = networks_state(agent)
+            agent.train(3, 32)
+    assert same(good[0], networks_state(agent)[0]) and same(good[2], networks_state(agent)[2])
+    for before, after in zip(good[1], networks_state(agent)[1], strict=True):
+        assert same(before["state"], after["state"])
+    assert logged(tmp_path)["train/diverged"] == "1"
+    # It can go on
+    agent.learning_rate = 1e-4
+    agent._setup_lr_schedule()
+    agent.learn(5, reset_num_timesteps=False)
+    assert_all_finite(agent)
+
+
+def test_other_errors_of_train_pass(monkeypatch):
+    agent = make_agent().learn(62)
+    monkeypatch.setattr(type(agent.replay_buffer), "sample", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("mine")))
+    with pytest.raises(ValueError, match=r"^mine$"):
+        agent.train(1, 32)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_diverging_model(compile, tmp_path):
+    agent = make_agent(learning_starts=400, compile=compile).learn(401)
+    before = deepcopy(agent.dynamics.state_dict())
+    agent.set_logger(configure(str(tmp_path), ["csv"]))
+    agent.model_learning_rate = 1e30
+    with pytest.raises(DivergenceError, match=r"dynamics model diverged.*`model_learning_rate`"):
+        agent.learn(60, reset_num_timesteps=False)
+    assert logged(tmp_path)["model/diverged"] == "1"
+    assert same(before, agent.dynamics.state_dict())
+    assert isinstance(DivergenceError(), ValueError), "what RL Zoo prunes a trial at"
+
+
+# --- Functions of the user ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_termination_is_reported_with_an_example():
+    """Once, and it goes on: whose fault it is, nobody knows."""
+    agent = make_agent(CountingEnv(), termination_fn=lambda obs, action, next_obs: next_obs[:, 0] > 6)
+    pattern = (
+        r"`termination_fn` disagrees with the environment on 18 of 61 real transitions. For obs \[6. 6.\], action \[.*\], "
+        r"next_obs \[7. 7.\] a terminal transition is True by the function and False by the environment."
+    )
+    with pytest.warns(UserWarning, match=pattern) as record:
+        agent.learn(170)
+    assert len([each for each in record if "disagrees" in str(each.message)]) == 1
+
+
+def test_missing_terminations_are_reported_though_they_are_few():
+    """One of 100 transitions is terminal: too few to be 1 % of all, but all of them."""
+    agent = make_agent(
+        CountingEnv(episode_length=150),
+        termination_fn=lambda obs, action, next_obs: np.zeros(len(obs), dtype=bool),
+        learning_starts=160,
+    )
+    with pytest.warns(UserWarning, match=r"on 1 of 161 real transitions.*False by the function and True by the environment"):
+        agent.learn(161)
+
+
+def test_wrong_reward_is_reported_with_an_example():
+    agent = make_agent(CountingEnv(low=3.0, high=7.0, noise=0), reward_fn=lambda obs, action, next_obs: action[:, 0] * 1.1)
+    with pytest.warns(
+        UserWarning, match=r"`reward_fn` disagrees.*on 61 of 61.*action \[\d\.\d+\].*the reward is \d\.\d+ by the"
+    ):
+        agent.learn(61)
+    assert agent.logger.name_to_value["model/reward_mismatch"] == 1
+
+
+def test_wrong_derived_termination_is_reported(monkeypatch):
+    monkeypatch.setattr(callbacks, "derive_termination_fn", lambda env: lambda obs, action, next_obs: next_obs[:, 0] > 1e9)
+    with pytest.warns(UserWarning, match=r"The termination derived from the environment disagrees"):
+        make_agent(CountingEnv()).learn(61)
+
+
+@pytest.mark.parametrize(
+    "termination_fn", [None, lambda obs, action, next_obs: next_obs[:, 0] >= 10], ids=["learned", "right"]
+)
+def test_no_report_without_reason(termination_fn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent = make_agent(
+            CountingEnv(noise=0.001), termination_fn=termination_fn, reward_fn=lambda obs, action, next_obs: action[:, 0]
+        ).learn(120)
+    assert agent.logger.name_to_value["model/reward_mismatch"] < 0.01
+
+
+def test_example_of_dictionaries():
+    agent = make_agent(
+        GoalEnv(terminate=True),
+        "MultiInputPolicy",
+        termination_fn=lambda obs, action, next_obs: obs["observation"][:, 0, 0] > 0,
+    )
+    with pytest.warns(UserWarning, match=r"(?s)For obs \{'achieved_goal': .*'desired_goal'.* a terminal transition is True"):
+        agent.learn(61)
+
+
+@pytest.mark.parametrize("name", ["termination_fn", "reward_fn"])
+@pytest.mark.parametrize("fault", ["raises", "shape"])
+def test_functions_that_fail_in_training(name, fault):
+    """Not on the zeros that they are tried on, but on real data."""
+
+    def function(obs, action, next_obs):
+        values = np.zeros(len(obs), dtype=bool if name == "termination_fn" else float)
+        if (obs == 0).all():
+            return values
+        if fault == "raises":
+            raise RuntimeError("my own mistake")
+        return values[:, None]
+
+    agent = make_agent(**{name: function})
+    pattern = {"raises": r"my own mistake.*first transition of which is obs \[", "shape": r"with shape \(61,\)"}[fault]
+    with pytest.raises(ValueError, match=f"(?s)`{name}`.*{pattern}"):
+        agent.learn(70)
