@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
@@ -136,6 +137,7 @@ FEATURES = {
     "replay_buffer_class: HerReplayBuffer": lambda: dict(
         env=GoalEnv(),
         policy="MultiInputPolicy",
+        buffer_size=200,
         replay_buffer_class=HerReplayBuffer,
         replay_buffer_kwargs={"n_sampled_goal": 2},
     ),
@@ -211,14 +213,16 @@ def test_with_its_model_it_learns(name):
     """Nothing is lost on the way to the model: rollouts begin in each of the real states, and SAC's updates follow."""
     # The model is trained once, at the end
     kwargs = dict(learning_starts=79)
-    ours = dict(model_max_epochs=1, model_train_freq=79, rollout_batch_size=1_000, termination_fn=never)
+    ours = dict(model_max_epochs=1, model_train_freq=78, rollout_batch_size=1_000, termination_fn=never)
     agent = make(MBPO, **{**kwargs, **ours, **FEATURES[name]()})
     before = {key: tensor.clone() for key, tensor in agent.policy.state_dict().items()}
     agent.learn(80)
     assert steps_in(agent) == steps_in(make(SAC, **{**kwargs, **FEATURES[name]()}).learn(80))
-    real = real_transitions(agent.replay_buffer).obs.unique(dim=0)
-    newest = agent.model_buffer.observations[: agent.model_buffer.pos][-1_000:]
-    assert th.equal(newest.unique(dim=0), real) and len(real) >= 10
+    # In hindsight goals are others
+    parts = slice(4, 7) if "HerReplayBuffer" in name else slice(None)
+    real = real_transitions(agent.replay_buffer).obs[:, parts].unique(dim=0)
+    start = agent.model_buffer.observations[: agent.model_buffer.pos][-1_000:, parts].unique(dim=0)
+    assert th.equal(start, real) and len(real) >= 10
     if agent.gradient_steps != 0:
         assert any(not th.equal(tensor, before[key]) for key, tensor in agent.policy.state_dict().items())
     assert all(th.isfinite(tensor).all() for tensor in agent.policy.state_dict().values())
@@ -350,6 +354,7 @@ def test_observation_spaces(space):
     assert agent.predict(obs[0])[0].shape == (1,)
 
 
+@pytest.mark.filterwarnings("ignore:Your observation .* has an unconventional shape")
 @pytest.mark.parametrize("env", [CountingEnv, PointEnv, GoalEnv, BoxEnv])
 def test_the_environments_here_are_valid(env):
     assert env.__module__ in (envs.__name__, __name__)
@@ -532,8 +537,8 @@ PARALLEL = [(DummyVecEnv, {}), (SubprocVecEnv, {"start_method": "fork"})]
 def test_in_parts_as_in_one(kwargs):
     """The second call of `learn` goes on exactly where the first one stopped; as SAC's does."""
     for cls in (SAC, MBPO):
-        whole, parts = make(cls, **kwargs).learn(160), make(cls, **kwargs).learn(100)
-        parts.learn(60, reset_num_timesteps=False)
+        whole, parts = make(cls, **kwargs).learn(120), make(cls, **kwargs).learn(80)
+        parts.learn(40, reset_num_timesteps=False)
         assert steps_in(whole) == steps_in(parts)
         (assert_same if cls is SAC else assert_same_agents)(whole, parts)
 
@@ -578,7 +583,9 @@ def test_evaluation_leaves_the_agent_alone():
     for evaluate in (True, False):
         agents.append(agent := make(MBPO).learn(70))
         if evaluate:
-            rewards, lengths = evaluate_policy(agent, pendulums(2), n_eval_episodes=3, return_episode_rewards=True)
+            rewards, lengths = evaluate_policy(
+                agent, Monitor(gym.make("Pendulum-v1")), n_eval_episodes=3, return_episode_rewards=True
+            )
             assert len(rewards) == 3 and lengths == [200] * 3
         agent.learn(50, reset_num_timesteps=False)
     assert_same_agents(*agents)
