@@ -27,7 +27,7 @@ from tqdm.rich import tqdm_rich
 
 from sb3_mbpo import MBPO
 from tests.envs import CountingEnv
-from tests.test_features import make, never, steps_in
+from tests.test_features import known, make, steps_in
 
 BOTH = (SAC, MBPO)
 
@@ -43,7 +43,7 @@ class ConstantReward(CountingEnv):
 
 
 def small(cls, env=None, **kwargs):
-    return make(cls, env or ConstantReward(), **({"termination_fn": never} if cls is MBPO else {}), **kwargs)
+    return make(cls, env or ConstantReward(), **known(cls), **kwargs)
 
 
 def evaluation(**kwargs):

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo import MBPO, MlpPolicy
 from tests.envs import CountingEnv, GoalEnv
-from tests.test_features import FEATURES, assert_same, make, never, noise, pendulums, steps_in
+from tests.test_features import FEATURES, assert_same, known, make, never, noise, pendulums, steps_in
 
 BOTH = (SAC, MBPO)
 
@@ -168,7 +168,7 @@ def test_load_with_force_reset(force_reset, tmp_path):
     """Without it, the agent goes on in the middle of the episode in which the environment is."""
     for cls in BOTH:
         env = make_vec_env(lambda: CountingEnv(episode_length=30))
-        agent = make(cls, env).learn(70)
+        agent = make(cls, env, **known(cls)).learn(70)
         agent.save(tmp_path / "agent")
         loaded = cls.load(tmp_path / "agent", env=env, force_reset=force_reset)
         loaded.learn(1, reset_num_timesteps=False)
@@ -249,9 +249,7 @@ def test_replay_buffer_of_sac(kind, tmp_path):
 def test_truncate_last_traj(truncate, tmp_path):
     """In hindsight an episode is over or goes on."""
     for cls in BOTH:
-        kwargs = FEATURES["replay_buffer_class: HerReplayBuffer"]()
-        if cls is MBPO:
-            kwargs["termination_fn"] = never
+        kwargs = {**FEATURES["replay_buffer_class: HerReplayBuffer"](), **known(cls)}
         agent = make(cls, **kwargs).learn(73)
         agent.save_replay_buffer(tmp_path / "buffer.pkl")
         other = make(cls, **{**kwargs, "env": GoalEnv()})
