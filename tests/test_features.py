@@ -1,5 +1,8 @@
 """SB3's SAC and MBPO side by side: arguments, spaces, wrappers, errors and seeds. docs/features.rst names these tests."""
 
+import re
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -282,7 +285,7 @@ def test_learning_rate_schedule(compile):
     )
     assert agent.critic.optimizer.param_groups[0]["lr"] == agent.logger.name_to_value["train/learning_rate"]
     assert agent.dynamics.optimizer.param_groups[0]["lr"] == agent.model_learning_rate
-    assert agent.is_compiled["updates"] == compile
+    assert agent.logger.name_to_value["train/compiled"] == compile
 
 
 def test_networks_with_statistics_and_dropout():
@@ -518,6 +521,7 @@ def test_one_seed_one_agent(name):
     assert not np.array_equal(first.replay_buffer.actions, other.replay_buffer.actions)
     assert not th.equal(first.model_buffer.observations[:100], other.model_buffer.observations[:100])
     assert first.is_compiled == dict.fromkeys(("updates", "model"), name.startswith("compiled"))
+    assert first.logger.name_to_value["train/compiled"] == name.startswith("compiled")
     for agent in (first, second, other):
         agent.get_env().close()
 
@@ -626,4 +630,18 @@ def test_model_set_up_later():
 def test_extractor_of_flat_observations_is_compiled_with_the_rest():
     """Given by name it is SB3's default."""
     agent = make(MBPO, compile=True, **architecture(features_extractor_class=FlattenExtractor)).learn(62)
-    assert agent.is_compiled["updates"]
+    assert agent.logger.name_to_value["train/compiled"] == 1
+
+
+def test_the_table_names_tests_that_there_are():
+    """docs/features.rst: letters stand for files, brackets and braces for a feature that is tested here."""
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "features.rst").read_text()
+    paths = {letter: root / path for path, letter in re.findall(r"``(tests/\w+\.py)``\s\((\w)\)", text)}
+    tests = {letter: re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE) for letter, path in paths.items()}
+    named = re.findall(r"\b([A-Z])\s+((?:``test_\w+``,?\s+)+)", text + " ")
+    assert len(paths) == 12 and len(named) > 60
+    for letter, names in named:
+        assert set(re.findall(r"test_\w+", names)) <= set(tests[letter]), (letter, names)
+    assert set(re.findall(r"``\[([^\]]+)\]``", text)) - {"name"} <= set(FEATURES)
+    assert set(re.findall(r"``\{([^}]+)\}``", text)) - {"name"} == set(REFUSED)
