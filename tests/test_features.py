@@ -410,6 +410,20 @@ def test_model_in_raw_units_policy_in_normalised(name, set_env):
     assert rewards.numpy().min() >= expected.min() - 1e-5 and rewards.numpy().max() <= expected.max() + 1e-5
 
 
+@pytest.mark.parametrize("cls", [SAC, MBPO])
+def test_last_observation_under_vec_normalize(cls):
+    """
+    `VecNormalize` clips the last observation of an episode, and SB3 stores what it can undo of it. SAC clips it again,
+    but to a model it is wrong, as far as it is an outlier.
+    """
+    for clip_obs, is_exact in ((10.0, True), (1.5, False)):
+        env = VecNormalize(DummyVecEnv([lambda: CountingEnv(episode_length=30)]), clip_obs=clip_obs)
+        buffer = make(cls, env, **known(cls)).learn(60).replay_buffer
+        inner, last = buffer.next_observations[:29], buffer.next_observations[29]
+        assert np.array_equal(inner[:, 0, 0], np.arange(1, 30))
+        assert (np.abs(last - 30) < 1e-3).all() == is_exact
+
+
 @pytest.mark.filterwarnings("ignore:.*Overwriting existing videos")
 def test_video_recorder(tmp_path):
     env = VecVideoRecorder(DummyVecEnv([Video]), str(tmp_path), record_video_trigger=lambda step: step == 65, video_length=5)
