@@ -13,6 +13,7 @@ from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.buffers import (
     ResidentTransitions,
@@ -72,10 +73,10 @@ class DynamicsCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         agent = self.model
+        self.warned: set[str] = set()
         if agent.real_ratio == 1:
             return
         # Anew in every `learn()`, because between two of them users may change what is in the replay buffer
-        self.warned: set[str] = set()
         self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
         space = agent.observation_space
         self.binary_dims = dims_where(space, lambda name, part: isinstance(part, spaces.MultiBinary))
@@ -105,6 +106,8 @@ class DynamicsCallback(BaseCallback):
             new_obs, rewards = vec_normalize.get_original_obs(), vec_normalize.get_original_reward()
         last_obs = [info["terminal_observation"] for info in self.locals["infos"] if "terminal_observation" in info]
         observations = [array for observation in (new_obs, *last_obs) for array in arrays(observation)]
+        if vec_normalize is not None and self.model.real_ratio < 1:
+            self._warn_of_clipping(vec_normalize, last_obs)
         for name, values in (("Observations", observations), ("Rewards", [rewards])):
             for value in values:
                 if not np.isfinite(value).all():
@@ -113,6 +116,20 @@ class DynamicsCallback(BaseCallback):
                         "Check its `step()`, for instance with `stable_baselines3.common.vec_env.VecCheckNan`."
                     )
         return True
+
+    def _warn_of_clipping(self, vec_normalize: VecNormalize, last_obs: list[Any]) -> None:
+        """SB3 stores what it can undo of the normalisation of an episode's last observation."""
+        if not vec_normalize.norm_obs:
+            return
+        keys = vec_normalize.norm_obs_keys
+        normalised = [array for obs in last_obs for array in ([obs[key] for key in keys] if keys else [obs])]
+        if any((np.abs(array) >= vec_normalize.clip_obs).any() for array in normalised):
+            self._warn_once(
+                "clip_obs",
+                f"The last observation of the episode that ended at step {self.num_timesteps} lies {vec_normalize.clip_obs} "
+                "standard deviations or more from the mean. SB3 stores it clipped, so the model learns from a wrong "
+                "successor: raise `clip_obs` of `VecNormalize`.",
+            )
 
     def _on_rollout_end(self) -> None:
         agent = self.model
@@ -176,7 +193,7 @@ class DynamicsCallback(BaseCallback):
         # A learned condition knows no better than the data
         is_rare = differs.sum() <= MAX_TERMINAL_MISMATCH * (predicted | terminated).sum()
         if self.termination_fn is not None and not (is_rare and differs.float().mean() <= MAX_MISMATCH):
-            self._warn_once("termination_fn", "a terminal transition", predicted, terminated, differs, transitions)
+            self._report_mismatch("termination_fn", "a terminal transition", predicted, terminated, differs, transitions)
         if self.model.reward_fn is not None:
             reward_fn = self._reward_source()
             assert reward_fn is not None
@@ -184,21 +201,24 @@ class DynamicsCallback(BaseCallback):
             differs = (predicted - rewards).abs() > REWARD_TOLERANCE * (rewards.abs() + rewards.std(correction=0))
             self.logger.record("model/reward_mismatch", differs.float().mean().item())
             if differs.float().mean() > MAX_MISMATCH:
-                self._warn_once("reward_fn", "the reward", predicted, rewards, differs, transitions)
+                self._report_mismatch("reward_fn", "the reward", predicted, rewards, differs, transitions)
 
-    def _warn_once(
+    def _warn_once(self, key: str, message: str) -> None:
+        """Once in each ``learn()``."""
+        if key not in self.warned:
+            self.warned.add(key)
+            warnings.warn(message, stacklevel=2)
+
+    def _report_mismatch(
         self, name: str, what: str, predicted: th.Tensor, real: th.Tensor, differs: th.Tensor, transitions: Transitions
     ) -> None:
-        if name in self.warned:
-            return
-        self.warned.add(name)
         row = slice(int(differs.int().argmax()), int(differs.int().argmax()) + 1)
         example = describe_row(*self._as_environment(*(column[row] for column in transitions[:3])), 0)
         which = f"`{name}`" if getattr(self.model, name) is not None else "The termination derived from the environment"
-        warnings.warn(
+        self._warn_once(
+            name,
             f"{which} disagrees with the environment on {int(differs.sum()):,} of {len(differs):,} real transitions. For "
             f"{example} {what} is {predicted[row].item()} by the function and {real[row].item()} by the environment.",
-            stacklevel=2,
         )
 
     def _generate_rollouts(self, transitions: Transitions) -> None:

@@ -6,7 +6,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -110,8 +110,17 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
     return attributes
 
 
+def is_changed(saved: Any, value: Any) -> bool:
+    """
+    :param saved: One of :func:`saved_attributes`
+    :param value: What is given instead of it
+    :return: Whether it is another value, as far as JSON tells
+    """
+    return bool(saved != (list(value) if isinstance(value, tuple) else value))
+
+
 @contextmanager
-def explained(file: str, saved_version: str | None, changed: dict[str, Any]) -> Iterator[None]:
+def explained(file: str, saved_version: str | None, changed: Sequence[str]) -> Iterator[None]:
     """
     What goes wrong when an agent is put together again, as an error that says with what.
 

@@ -31,7 +31,7 @@ from sb3_mbpo.buffers import (
     n_transitions,
 )
 from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
-from sb3_mbpo.checkpoints import atomic_file, explained, saved_attributes
+from sb3_mbpo.checkpoints import atomic_file, explained, is_changed, saved_attributes
 from sb3_mbpo.compilation import compiled, why_not
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.termination import TerminationClassifier
@@ -465,8 +465,9 @@ class MBPO(SAC):
         warm_up = max(self.learning_starts - self.lifetime_timesteps, 0)
         steps = max(total_timesteps - self.num_timesteps - warm_up, 0)
         assert isinstance(self.train_freq, TrainFreq)
-        if self.gradient_steps < 0 or self.train_freq.unit is not TrainFrequencyUnit.STEP:
-            # How long episodes are is not known
+        is_in_steps = self.train_freq.unit is TrainFrequencyUnit.STEP and self.train_freq.frequency > 0
+        if self.gradient_steps < 0 or not is_in_steps:
+            # How long episodes are is not known; what is no frequency SB3 refuses later
             return steps
         return steps * self.gradient_steps / (self.train_freq.frequency * self.n_envs)
 
@@ -528,6 +529,11 @@ class MBPO(SAC):
         if reset_num_timesteps:
             self._steps_before_reset += steps
         self.seconds = dict.fromkeys(self.seconds, 0.0)
+        if self.verbose >= 1 and self.lifetime_timesteps + result[0] - self.num_timesteps <= self.learning_starts:
+            print(
+                f"All of these steps are random: learning starts after {self.learning_starts:,} of the agent's life "
+                f"(`learning_starts`), and it will have made {self.lifetime_timesteps + result[0] - self.num_timesteps:,}"
+            )
         self._set_up_compilation(result[0])
         return result
 
@@ -601,7 +607,8 @@ class MBPO(SAC):
             of the package or the arguments that were changed
         """
         saved = saved_attributes(path)
-        with explained(str(path), saved.get("sb3_mbpo_version"), kwargs):
+        changed = [name for name, value in kwargs.items() if is_changed(saved.get(name), value)]
+        with explained(str(path), saved.get("sb3_mbpo_version"), changed):
             return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def save_replay_buffer(self, path: str | Path | BufferedIOBase) -> None:

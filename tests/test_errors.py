@@ -1,6 +1,7 @@
 """What a user may do wrong, and what they are told: which argument, what it was, what is allowed."""
 
 import re
+import warnings
 from copy import deepcopy
 
 import gymnasium as gym
@@ -209,3 +210,28 @@ def test_function_that_fails_later_is_an_error_too():
     agent = make_agent(CountingEnv(), termination_fn=termination_fn)
     with pytest.raises(ValueError, match="termination_fn"):
         agent.learn(70)
+
+
+def test_infinity_in_the_last_observation_under_vec_normalize():
+    """Which has clipped it: nobody can tell it from an outlier, but either is told of."""
+    env = VecNormalize(DummyVecEnv([lambda: FaultyEnv("observation", np.inf, 30)]))
+    with np.errstate(all="ignore"), pytest.warns(UserWarning, match=r"ended at step 30 lies 10.0 standard deviations"):
+        make_agent(env).learn(40)
+
+
+@pytest.mark.parametrize("kwargs", [dict(norm_obs=False), dict()], ids=str)
+def test_no_word_of_clipping_where_nothing_is_clipped(kwargs):
+    env = VecNormalize(DummyVecEnv([lambda: CountingEnv(episode_length=30)]), **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_agent(env).learn(70)
+
+
+@pytest.mark.parametrize("steps, told", [(60, True), (61, False)])
+def test_a_training_too_short_to_learn_is_told_of(steps, told, capsys):
+    make_agent(verbose=1).learn(steps)
+    expected = "All of these steps are random: learning starts after 60 of the agent's life (`learning_starts`)"
+    assert (expected in capsys.readouterr().out) is told
+    agent = make_agent(verbose=1).learn(50)
+    agent.learn(20)
+    assert (expected in capsys.readouterr().out.split("Termination of")[-1]) is False
