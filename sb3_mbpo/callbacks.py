@@ -30,7 +30,7 @@ from sb3_mbpo.dynamics.training import fit, train_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn, describe_row
 from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.schedules import rollout_length
-from sb3_mbpo.spaces import arrays, dims_where, unflatten
+from sb3_mbpo.spaces import arrays, dims_where, in_space, unflatten
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
@@ -190,9 +190,12 @@ class DynamicsCallback(BaseCallback):
         predicted = self._termination(obs, actions, next_obs)
         differs = predicted != terminated
         self.logger.record("model/termination_mismatch", differs.float().mean().item())
+        # Without it, timeouts are stored as terminations
+        buffer = self.model.replay_buffer
+        is_comparable = buffer is None or getattr(buffer, "handle_timeout_termination", True)
         # A learned condition knows no better than the data
         is_rare = differs.sum() <= MAX_TERMINAL_MISMATCH * (predicted | terminated).sum()
-        if self.termination_fn is not None and not (is_rare and differs.float().mean() <= MAX_MISMATCH):
+        if self.termination_fn is not None and is_comparable and not (is_rare and differs.float().mean() <= MAX_MISMATCH):
             self._report_mismatch("termination_fn", "a terminal transition", predicted, terminated, differs, transitions)
         if self.model.reward_fn is not None:
             reward_fn = self._reward_source()
@@ -270,12 +273,18 @@ class DynamicsCallback(BaseCallback):
         return None
 
     def _goal_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        reached: Any = unflatten(self.model.observation_space, next_obs.cpu().numpy())
+        reached = in_space(self.model.observation_space, next_obs)
         infos: list[dict[str, Any]] = [{} for _ in next_obs]
         rewards = self.training_env.env_method(
             "compute_reward", reached["achieved_goal"], reached["desired_goal"], infos, indices=[0]
         )[0]
-        return th.as_tensor(rewards, dtype=th.float32, device=next_obs.device)
+        rewards = np.asarray(rewards, dtype=np.float32).reshape(-1)
+        if rewards.shape != (len(next_obs),) or not np.isfinite(rewards).all():
+            raise ValueError(
+                f"`compute_reward` of the environment must return {len(next_obs)} finite numbers, one for each goal, but "
+                f"returned {rewards}"
+            )
+        return th.as_tensor(rewards, device=next_obs.device)
 
     def _apply(
         self, fn: TransitionFn, name: str, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, boolean: bool
@@ -288,7 +297,7 @@ class DynamicsCallback(BaseCallback):
     def _as_environment(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> tuple[Any, np.ndarray, Any]:
         """Arrays, or dictionaries of them, in the environment's own shapes, and actions in its units."""
         space, policy = self.model.observation_space, self.model.policy
-        before, after = (unflatten(space, each.cpu().numpy()) for each in (obs, next_obs))
+        before, after = (in_space(space, each) for each in (obs, next_obs))
         action: Any = unflatten(self.model.action_space, actions.cpu().numpy())
         return before, policy.unscale_action(action), after
 

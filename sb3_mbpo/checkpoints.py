@@ -6,7 +6,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -94,7 +94,7 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
                 raise EOFError("it lacks the agent's attributes")
             attributes: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
     # Which of these it is depends on where a byte is missing or wrong
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"The file {file} is not the complete zip of an agent (truncated or altered?): {error}") from error
     finally:
         if isinstance(file, BufferedIOBase):
@@ -110,32 +110,34 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
     return attributes
 
 
-def is_changed(saved: Any, value: Any) -> bool:
-    """
-    :param saved: One of :func:`saved_attributes`
-    :param value: What is given instead of it
-    :return: Whether it is another value, as far as JSON tells
-    """
-    return bool(saved != (list(value) if isinstance(value, tuple) else value))
+def _is_changed(saved: Any, value: Any) -> bool:
+    """Whether a value is another one than what is saved, as far as JSON tells."""
+    try:
+        return bool(saved != (list(value) if isinstance(value, tuple) else value))
+    # Of arrays, for instance
+    except ValueError:
+        return True
 
 
 @contextmanager
-def explained(file: str, saved_version: str | None, changed: Sequence[str]) -> Iterator[None]:
+def explained(file: str, saved: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
     """
     What goes wrong when an agent is put together again, as an error that says with what.
 
     :param file: Its name
-    :param saved_version: Of this package, when it was saved
-    :param changed: Arguments that were changed at loading
+    :param saved: What :func:`saved_attributes` found in it
+    :param given: Arguments that are given at loading
     :raises ValueError: in place of the errors of torch and SB3
     """
     try:
         yield
-    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, ImportError) as error:
         # SB3 looks for a DQN where names do not match, and fails at it
         reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
-        with_changes = f", with {', '.join(sorted(changed))} changed (sizes of networks must be as saved)" if changed else ""
-        saved_by = saved_version or "(unknown version)"
+        version = saved.get("sb3_mbpo_version", "(unknown version)")
+        changed = sorted(name for name, value in given.items() if _is_changed(saved.get(name), value))
+        with_changes = f", with {', '.join(changed)} changed (sizes of networks must be as saved)" if changed else ""
         raise ValueError(
-            f"The agent in {file}, saved by sb3_mbpo {saved_by}, does not fit sb3_mbpo {__version__}{with_changes}: {reason}"
+            f"The agent in {file}, saved by sb3_mbpo {version}, cannot be put together by sb3_mbpo {__version__}"
+            f"{with_changes}: {reason}"
         ) from error

@@ -31,7 +31,7 @@ from sb3_mbpo.buffers import (
     n_transitions,
 )
 from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
-from sb3_mbpo.checkpoints import atomic_file, explained, is_changed, saved_attributes
+from sb3_mbpo.checkpoints import atomic_file, explained, saved_attributes
 from sb3_mbpo.compilation import compiled, why_not
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.termination import TerminationClassifier
@@ -285,9 +285,9 @@ class MBPO(SAC):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        super()._setup_model()
-        if isinstance(self.replay_buffer, HerReplayBuffer):
+        if isinstance(self.replay_buffer_class, type) and issubclass(self.replay_buffer_class, HerReplayBuffer):
             check_goals(self.observation_space)
+        super()._setup_model()
         obs_dim, action_dim = flat_dim(self.observation_space), flat_dim(self.action_space)
         self.dynamics = Ensemble(
             obs_dim, action_dim, self.model_hidden_sizes, self.ensemble_size, self.num_elites, self.model_learning_rate
@@ -332,9 +332,11 @@ class MBPO(SAC):
     def is_warmed_up(self) -> bool:
         """
         Whether there is enough to learn from: the random warm-up is over, and the replay buffer can fill a batch
-        (it may be empty again after loading).
+        (it may be empty again after loading). Hindsight experience replay needs an episode that is over, too.
         """
         assert self.replay_buffer is not None
+        if isinstance(self.replay_buffer, HerReplayBuffer) and not (self.replay_buffer.ep_length > 0).any():
+            return False
         needed = min(self.learning_starts, self.batch_size, max_transitions(self.replay_buffer))
         return self.lifetime_timesteps > self.learning_starts and n_transitions(self.replay_buffer) >= needed
 
@@ -607,9 +609,20 @@ class MBPO(SAC):
             of the package or the arguments that were changed
         """
         saved = saved_attributes(path)
-        changed = [name for name, value in kwargs.items() if is_changed(saved.get(name), value)]
-        with explained(str(path), saved.get("sb3_mbpo_version"), changed):
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with explained(str(path), saved, kwargs):
+            agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        for name in ("termination_fn", "reward_fn"):
+            # SB3 only warns of what it cannot unpickle
+            if (
+                getattr(agent, name) is None
+                and saved.get(name) is not None
+                and name not in {**kwargs, **(custom_objects or {})}
+            ):
+                raise ValueError(
+                    f"The `{name}` in {path} cannot be unpickled (see the warning; was it saved by another version of "
+                    f"Python?). Pass `custom_objects={{'{name}': ...}}` with the function, or None to do without it."
+                )
+        return agent
 
     def save_replay_buffer(self, path: str | Path | BufferedIOBase) -> None:
         """

@@ -146,6 +146,22 @@ def unflatten(space: spaces.Space[Any], flat: Array) -> Array | dict[str, Array]
     return observation if isinstance(space, spaces.Dict) else observation[""]
 
 
+def in_space(space: spaces.Space[Any], flat: th.Tensor) -> Any:
+    """
+    What the environment's own functions, and the user's, know how to deal with.
+
+    :param space: A supported observation space
+    :param flat: ``(n, dim)``
+    :return: NumPy arrays ``(n, *shape)``, or a dictionary of them; floats as float32, bits in the type of their space
+    """
+    observation: Any = unflatten(space, flat.cpu().numpy())
+    if isinstance(space, spaces.Dict):
+        for name, part in space.items():
+            if isinstance(part, spaces.MultiBinary):
+                observation[name] = observation[name].astype(part.dtype)
+    return observation
+
+
 def dims_where(space: spaces.Space[Any], test: Callable[[str, spaces.Space[Any]], bool]) -> list[int]:
     """
     :param space: A supported observation space

@@ -1,5 +1,6 @@
 """Files of an agent: nothing half-written, nothing lost when the process is killed, and clear words about what is damaged."""
 
+import base64
 import io
 import json
 import os
@@ -294,7 +295,8 @@ def test_another_version_that_does_not_fit(saved):
             archive.writestr(name, stream.getvalue() if name == "dynamics.pth" else content)
     rewritten(saved, lambda attributes: attributes.update(sb3_mbpo_version="9.9.9"))
     with pytest.raises(
-        ValueError, match=rf"(?s)agent\.zip, saved by sb3_mbpo 9\.9\.9, does not fit sb3_mbpo {__version__}.*new_weights"
+        ValueError,
+        match=rf"(?s)agent\.zip, saved by sb3_mbpo 9\.9\.9, cannot be put together by sb3_mbpo {__version__}.*new_weights",
     ):
         MBPO.load(saved)
 
@@ -355,6 +357,33 @@ def test_custom_objects_keep_functions_from_being_unpickled(tmp_path):
 
     rewritten(tmp_path / "agent.zip", change)
     assert MBPO.load(tmp_path / "agent.zip", custom_objects={"termination_fn": None}).termination_fn is None
+
+
+def test_a_function_that_cannot_be_unpickled_is_not_lost_silently(tmp_path):
+    """As of another version of Python; SB3 itself warns and goes on without it."""
+    agent = make_agent(CountingEnv(), reward_fn=lambda obs, action, next_obs: action[:, 0])
+    agent.save(tmp_path / "agent.zip")
+
+    class Unreadable:
+        def __reduce__(self):
+            return len, (3,)
+
+    def change(attributes):
+        attributes["reward_fn"][":serialized:"] = base64.b64encode(pickle.dumps(Unreadable())).decode()
+
+    rewritten(tmp_path / "agent.zip", change)
+    with (
+        pytest.warns(UserWarning, match="Could not deserialize object reward_fn"),
+        pytest.raises(ValueError, match=r"`reward_fn` in .*agent\.zip cannot be unpickled.*custom_objects"),
+    ):
+        MBPO.load(tmp_path / "agent.zip")
+    assert MBPO.load(tmp_path / "agent.zip", custom_objects={"reward_fn": None}).reward_fn is None
+
+
+def test_arrays_as_arguments(saved):
+    """Which are neither equal nor unequal to what is saved."""
+    with pytest.raises(ValueError, match="ensemble_size, stats_window_size changed"):
+        MBPO.load(saved, ensemble_size=4, stats_window_size=np.array([1, 2]))
 
 
 def test_damaged_replay_buffer(agent, tmp_path):

@@ -334,3 +334,46 @@ def test_goals_are_needed_for_hindsight():
     env = gym.wrappers.FilterObservation(GoalEnv(), ["observation"])
     with pytest.raises(ValueError, match=r"`HerReplayBuffer`.*'desired_goal'.*'observation'"):
         make_agent(env, **HER)
+    with pytest.raises(ValueError, match=r"`HerReplayBuffer` needs Dict observations"):
+        MBPO("MlpPolicy", "Pendulum-v1", **HER)
+
+
+def test_waits_for_the_end_of_an_episode_after_loading(tmp_path):
+    """Without its replay buffer there is none, and the warm-up, of which SB3 says that it should be longer, is long over."""
+    env = GoalEnv(episode_length=60)
+    agent = make_agent(env, learning_starts=70, **HER).learn(80)
+    agent.save(tmp_path / "agent.zip")
+    loaded = MBPO.load(tmp_path / "agent.zip", env=env)
+    loaded.learn(59)
+    assert loaded._n_updates == agent._n_updates
+    loaded.learn(61)
+    assert loaded._n_updates > agent._n_updates and loaded.model_buffer.size() > 0
+
+
+class BitsEnv(BitFlippingEnv):
+    """With a reward that only bits have, in a column."""
+
+    def compute_reward(self, achieved_goal, desired_goal, info):
+        if achieved_goal.ndim == 1:
+            return super().compute_reward(achieved_goal, desired_goal, info)
+        return -np.bitwise_xor(achieved_goal, desired_goal).any(axis=1, keepdims=True).astype(float)
+
+
+def test_functions_of_bits_get_bits():
+    def termination_fn(obs, action, next_obs):
+        return (next_obs["achieved_goal"][:, 0] & next_obs["achieved_goal"][:, 1]) > 1
+
+    with pytest.warns(UserWarning, match="disagrees"):
+        agent = make_agent(BitsEnv(n_bits=3, continuous=True), termination_fn=termination_fn, **HER).learn(70)
+    assert set(agent.model_buffer.rewards[: agent.model_buffer.size()].unique().tolist()) <= {-1, 0}
+
+
+def test_rewards_of_goals_are_checked():
+    class Faulty(GoalEnv):
+        def compute_reward(self, achieved_goal, desired_goal, info):
+            rewards = super().compute_reward(achieved_goal, desired_goal, info)
+            # In model rollouts, of which there are 100
+            return rewards if np.shape(rewards) != (100,) else np.full(100, np.nan)
+
+    with pytest.raises(ValueError, match=r"`compute_reward` of the environment must return 100 finite numbers"):
+        make_agent(Faulty(), **HER).learn(70)

@@ -13,6 +13,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo import callbacks
+from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble, target_scale
 from sb3_mbpo.dynamics.training import fit
 from sb3_mbpo.errors import DivergenceError
@@ -162,7 +163,7 @@ def test_learns_from_huge_rewards():
     assert np.mean(returns) > np.mean(best) - 3, (np.mean(returns), np.mean(best))
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e-4, 0.002, 0.5, 999.0, 2e3, 1e9])
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 0.002, 0.5, 999.0, 2e3, 1e9])
 def test_target_scale(size):
     """A power of ten, of the size of the targets, but 1 where the release's constants fit; then it stays while it fits."""
     th.manual_seed(0)
@@ -177,20 +178,57 @@ def test_target_scale(size):
     assert target_scale(0 * targets, th.ones(1)) == 1
 
 
+@pytest.mark.parametrize("noise", [1e-22, 1e-7])
+def test_rounding_noise_is_no_target(noise):
+    """A dimension that hardly changes must neither stop the training of the others nor make it diverge."""
+    th.manual_seed(0)
+    inputs = th.randn(400, 3)
+    targets = th.stack([0.05 * inputs[:, 0], 0.05 * inputs[:, 1], noise * th.randn(400)], dim=1)
+    errors = []
+    for scale in (0, 1):
+        th.manual_seed(1)
+        ensemble = Ensemble(2, 1, [16, 16], 3, 2, 1e-3)
+        fit(ensemble, inputs, targets * th.tensor([1, 1, scale]), max_epochs=15)
+        errors.append(ensemble.mse(inputs, targets).mean())
+        assert ensemble.target_scale.tolist() == [1, 1, 1]
+    assert errors[1] < 1.01 * errors[0]
+    # Nor rewards that are nothing but that
+    assert target_scale(th.full((10, 2), 1e-22), th.ones(2)).tolist() == [1, 1]
+    assert target_scale(th.full((10, 2), 1e4), th.ones(2)).tolist() == [1e4, 1e4]
+
+
+def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
+    """RL Zoo saves the agent after Ctrl-C."""
+    agent = make_agent().learn(62)
+    before = deepcopy(agent.dynamics.state_dict())
+    epochs, train_epoch = [], training.train_epoch
+
+    def interrupted(*args):
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        epochs.append(1)
+        return train_epoch(*args)
+
+    monkeypatch.setattr(training, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(60, reset_num_timesteps=False)
+    assert len(epochs) == 2 and same(before, agent.dynamics.state_dict()) and not agent.dynamics.training
+
+
 def test_scaled_targets_are_learned_as_well_as_others():
     """The same networks and batches: the same predictions, scaled."""
     th.manual_seed(0)
     inputs = th.randn(400, 3)
-    targets = th.stack([inputs[:, 0] * 5, inputs[:, 1], inputs[:, 2] * 3], dim=1)
+    targets = th.stack([inputs[:, 1], inputs[:, 0] * 5, inputs[:, 2] * 3], dim=1)
     results = []
     for factor in (1, 1e6, 1e-6):
         th.manual_seed(1)
         ensemble = Ensemble(2, 1, [16, 16], 3, 2, 1e-3)
-        # The second dimension, of size 1, has the scale 1e6 or 1e-6
-        result = fit(ensemble, inputs, targets * th.tensor([1, factor, 1]), max_epochs=5)
+        # The reward has the scale 1e6 or 1e-6
+        result = fit(ensemble, inputs, targets * th.tensor([factor, 1, 1]), max_epochs=5)
         mean, log_var = ensemble(inputs.expand(3, -1, -1))
-        results.append((result.holdout_mse, mean[..., 1] / factor, log_var[..., 1] - 2 * np.log(factor)))
-        assert ensemble.target_scale.tolist() == pytest.approx([1, factor, 1])
+        results.append((result.holdout_mse, mean[..., 0] / factor, log_var[..., 0] - 2 * np.log(factor)))
+        assert ensemble.target_scale.tolist() == pytest.approx([factor, 1, 1])
     for other in results[1:]:
         for one, another in zip(results[0], other, strict=True):
             np.testing.assert_allclose(
@@ -377,3 +415,9 @@ def test_functions_that_fail_in_training(name, fault):
     pattern = {"raises": r"my own mistake.*first transition of which is obs \[", "shape": r"with shape \(61,\)"}[fault]
     with pytest.raises(ValueError, match=f"(?s)`{name}`.*{pattern}"):
         agent.learn(70)
+
+
+def test_timeouts_that_are_stored_as_terminations_are_no_fault_of_the_function():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_agent(replay_buffer_kwargs={"handle_timeout_termination": False}, learning_starts=210).learn(211)

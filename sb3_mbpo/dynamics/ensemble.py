@@ -12,6 +12,8 @@ from sb3_mbpo.adam import Tensors
 
 # Weight decay of the first, the second, the middle and the last layer (authors' release)
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
+# Root mean square below which rewards are taken for none
+MIN_REWARD_SIZE = 1e-10
 # Coefficient of the penalty that pulls the learned bounds of the log-variance together (Chua et al. 2018, A.1)
 BOUND_PENALTY = 0.01
 
@@ -41,16 +43,18 @@ def input_stats(inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
 
 def target_scale(targets: th.Tensor, scale: th.Tensor) -> th.Tensor:
     """
-    Powers of ten that the outputs are multiplied with, so that the networks' own are neither huge nor tiny. They are 1
-    for what the constants of the authors' release are made for, targets of a root mean square between 0.001 and 1,000.
+    Powers of ten that the outputs are multiplied with, so that the networks' own are neither huge nor, for rewards, tiny. They
+    are 1 for what the constants of the authors' release are made for, targets of a root mean square between 0.001 and 1,000.
+    Tiny changes of observations are left as they are: they may be rounding noise, which must not become a target like others.
 
-    :param targets: ``(n, dim)``
+    :param targets: (reward, next_obs - obs), ``(n, dim)``
     :param scale: The present one, ``(dim,)``, kept where the targets are still within a factor of 1,000 of it
     :return: ``(dim,)``
     """
     size = targets.double().square().mean(dim=0).sqrt()
-    is_off = (size > 0) & ((size / scale).log10().abs() >= 3)
-    return th.where(is_off, 10 ** size.log10().round(), scale.double()).to(scale)
+    is_off = (size > MIN_REWARD_SIZE) & ((size / scale).log10().abs() >= 3)
+    scale = th.where(is_off, 10 ** size.log10().round(), scale.double()).to(scale)
+    return th.cat([scale[:1], scale[1:].clamp(min=1)])
 
 
 def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor) -> th.Tensor:

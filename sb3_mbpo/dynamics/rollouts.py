@@ -63,12 +63,12 @@ def rollout(
         actions = policy(obs)
         next_obs, rewards = ensemble.sample(obs, actions)
         next_obs[:, list(constant)] = obs[:, list(constant)]
-        next_obs[:, list(binary)] = (next_obs[:, list(binary)] > 0.5).float()
         finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(rewards)
         if not finite.all():
             obs, actions, next_obs, rewards = obs[finite], actions[finite], next_obs[finite], rewards[finite]
         if len(obs) == 0:
             return
+        next_obs[:, list(binary)] = (next_obs[:, list(binary)] > 0.5).float()
         if reward is not None:
             rewards = reward(obs, actions, next_obs)
         terminated = termination(obs, actions, next_obs)

@@ -228,21 +228,26 @@ def fit(
     # With less data than that, each pass is one step: more rows would be the same ones again
     batch_size = min(BATCH_SIZE, len(train))
     n_passes = math.ceil(MIN_EPOCH_ROWS / max(len(train), BATCH_SIZE))
-    ensemble.train()
-    epochs, epochs_since_improvement = 0, 0
-    while epochs_since_improvement < PATIENCE and (max_epochs is None or epochs < max_epochs):
-        epoch = th.cat([shuffle_rows(indices) for _ in range(n_passes)], dim=1)
-        train_loss = train_epoch(ensemble, inputs, targets, epoch, compiled_step, batch_size)
-        epochs += 1
-        mse = ensemble.mse(*held_out)
-        if not (th.isfinite(mse).all() and th.isfinite(train_loss)):
-            ensemble.load_state_dict(before)
-            ensemble.optimizer.state.clear()
-            raise DivergenceError(
-                f"Training of the dynamics model diverged in epoch {epochs}: holdout errors {mse.tolist()}. Its weights are "
-                "those from before. Lower `model_learning_rate` or scale the observations and rewards."
-            )
-        epochs_since_improvement = 0 if best.update(mse) else epochs_since_improvement + 1
+    try:
+        ensemble.train()
+        epochs, epochs_since_improvement = 0, 0
+        while epochs_since_improvement < PATIENCE and (max_epochs is None or epochs < max_epochs):
+            epoch = th.cat([shuffle_rows(indices) for _ in range(n_passes)], dim=1)
+            train_loss = train_epoch(ensemble, inputs, targets, epoch, compiled_step, batch_size)
+            epochs += 1
+            mse = ensemble.mse(*held_out)
+            if not (th.isfinite(mse).all() and th.isfinite(train_loss)):
+                raise DivergenceError(
+                    f"Training of the dynamics model diverged in epoch {epochs}: holdout errors {mse.tolist()}. Its weights "
+                    "are those from before. Lower `model_learning_rate` or scale the observations and rewards."
+                )
+            epochs_since_improvement = 0 if best.update(mse) else epochs_since_improvement + 1
+    # An interruption too: what is saved then must not be half-trained
+    except BaseException:
+        ensemble.load_state_dict(before)
+        ensemble.optimizer.state.clear()
+        ensemble.eval()
+        raise
     ensemble.eval()
     best.restore()
     elites = best.mse.argsort()[: len(ensemble.elites)]
