@@ -520,11 +520,6 @@ class MBPO(SAC):
         # Attributes may have been changed, and a replay buffer may have been loaded, since they were checked
         self._check_arguments()
         assert self.replay_buffer is not None
-        if self.real_ratio < 1 and max_transitions(self.replay_buffer) < 2:
-            raise ValueError(
-                f"`buffer_size` must be 2 or more for `learn`, not {self.buffer_size!r}: with one transition there is nothing "
-                "to fit a model to and to check it with"
-            )
         check_finite(self.replay_buffer)
         steps = self.num_timesteps
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
@@ -641,7 +636,8 @@ class MBPO(SAC):
         :param truncate_last_traj: With ``HerReplayBuffer``: whether the last trajectory in the buffer is taken for finished.
         :raises ValueError: if the file is truncated or altered, or the buffer is of another environment
         """
-        before = self.replay_buffer
+        # Users delete it to save memory
+        before = getattr(self, "replay_buffer", None)
         try:
             super().load_replay_buffer(path, truncate_last_traj)
         except (FileNotFoundError, AssertionError):

@@ -386,6 +386,14 @@ def test_arrays_as_arguments(saved):
         MBPO.load(saved, ensemble_size=4, stats_window_size=np.array([1, 2]))
 
 
+def test_replay_buffer_that_was_deleted(agent, tmp_path):
+    agent.save_replay_buffer(tmp_path / "buffer.pkl")
+    fresh = make_agent(seed=3)
+    del fresh.replay_buffer
+    fresh.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert fresh.replay_buffer.size() == 120
+
+
 def test_damaged_replay_buffer(agent, tmp_path):
     path = tmp_path / "buffer.pkl"
     agent.save_replay_buffer(path)

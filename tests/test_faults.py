@@ -248,9 +248,10 @@ def test_scale_is_saved(tmp_path):
 
 def test_buffer_of_one_transition():
     agent = make_agent(buffer_size=1)
-    with pytest.raises(ValueError, match="`buffer_size` must be 2 or more for `learn`, not 1"):
-        agent.learn(10)
+    with pytest.raises(ValueError, match="`buffer_size` must be 2 or more to learn, not 1"):
+        agent.learn(61)
     # Enough to act, as scripts that only show an agent know
+    make_agent(buffer_size=1).learn(60)
     assert agent.predict(np.zeros(3, dtype=np.float32))[0].shape == (1,)
     make_agent(buffer_size=1, real_ratio=1).learn(70)
 
