@@ -138,8 +138,8 @@ class DynamicsCallback(BaseCallback):
         assert agent.replay_buffer is not None
         if max_transitions(agent.replay_buffer) < 2:
             raise ValueError(
-                f"`buffer_size` must be 2 or more to learn, not {agent.buffer_size!r}: with one transition there is nothing to "
-                "fit a model to and to check it with"
+                f"`buffer_size` must be 2 or more to learn, not {agent.buffer_size!r}: with one transition there is nothing "
+                "to fit a model to and to check it with"
             )
         # After loading without the replay buffer, too few transitions would spoil the loaded model
         enough = n_transitions(agent.replay_buffer) >= max(2, min(agent.learning_starts, max_transitions(agent.replay_buffer)))
