@@ -77,6 +77,7 @@ setup(
             "matplotlib",
             "pytest",
             "pytest-cov",
+            "pytest-xdist[psutil]",
             "hypothesis",
             "tensorboard",
             # Lint, format, types

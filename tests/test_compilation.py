@@ -336,6 +336,7 @@ def test_without_a_compiler_it_says_so_and_learns(tmp_path):
     assert "updates 10 {'updates': False, 'model': False}" in out and err == ""
 
 
+@pytest.mark.slow
 def test_second_run_starts_from_the_cache(tmp_path):
     first, _ = learn_in_a_process_of_its_own(tmp_path)
     second, _ = learn_in_a_process_of_its_own(tmp_path)

@@ -82,7 +82,7 @@ def as_floats(env):
         (spaces.Box(-5, 5, (2,), np.int64), as_floats),
         (spaces.Box(-1, 1, ()), lambda env: wrappers.ReshapeObservation(env, (1,))),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, spaces.Space) else "",
 )
 def test_observation_spaces(space, advised):
     with pytest.raises(ValueError, match="observation space") as error:

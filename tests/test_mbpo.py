@@ -399,7 +399,7 @@ def test_callbacks_of_all_kinds_and_a_list_that_stays_as_it_was():
         dict(ensemble_size=1, num_elites=1, model_hidden_sizes=(8,)),
         dict(learning_starts=0),
     ],
-    ids=str,
+    ids=lambda kwargs: ", ".join(kwargs),
 )
 def test_options_of_sac(kwargs):
     agent = make_agent(**kwargs).learn(130)

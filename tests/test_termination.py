@@ -1,5 +1,6 @@
 """The derived functions against the real environments, and the learned classifier."""
 
+import math
 import warnings
 from functools import cache, partial
 
@@ -441,6 +442,22 @@ def test_learns_a_threshold(classifier, threshold, max_missed, max_false):
     missed, false = errors(classifier, *dataset(20_000, threshold, seed=1))
     assert missed < max_missed and false < max_false
     assert loss < 0.02
+
+
+def test_training_stops_where_there_is_no_more_to_learn(classifier, monkeypatch):
+    """The loss of what can be told apart without error falls for ever."""
+    train, looks = TerminationClassifier._train, []
+
+    def watched(self, *args):
+        looks.append(len(looks))
+        train(self, *args)
+
+    monkeypatch.setattr(TerminationClassifier, "_train", watched)
+    next_obs = th.randn(1_000, 4)
+    next_obs[:, 0] += 3 * next_obs[:, 0].sign()
+    loss = classifier.fit(next_obs, next_obs[:, 0] > 0)
+    assert len(looks) <= 5
+    assert 0 < loss < 0.01 * math.log(2)
 
 
 def test_learns_the_hoppers_fall():

@@ -236,6 +236,9 @@ def derive_termination_fn(env: VecEnv) -> TransitionFn | None:
 STEPS_PER_LOOK = 50
 PATIENCE = 5
 MAX_LOOKS = 40
+# Share of the labels' entropy below which the loss on held-out rows is low enough: where the data can be told apart without
+# error, it falls for ever
+SOLVED = 0.01
 # Rows predicted at once, to bound memory
 CHUNK_SIZE = 50_000
 
@@ -276,7 +279,8 @@ class TerminationClassifier(nn.Module):
 
     def fit(self, next_obs: th.Tensor, terminated: th.Tensor) -> float:
         """
-        Train from the present weights until the loss on held-out rows stops falling, and keep the best weights. Rare
+        Train from the present weights until the loss on held-out rows stops falling or is 1 % of what knowing nothing
+        gives, and keep the best weights. Rare
         terminations are not given more weight: the probabilities would be wrong.
 
         :param next_obs: ``(n, obs_dim)``, raw units, float32
@@ -292,6 +296,7 @@ class TerminationClassifier(nn.Module):
         self.input_std.copy_(std)
 
         train, holdout = split_holdout(len(next_obs), next_obs.device)
+        enough = SOLVED * F.binary_cross_entropy(labels.mean(), labels.mean()).item()
         best_loss, best_weights, since_improvement = th.inf, {}, 0
         for look in range(MAX_LOOKS + 1):
             if look > 0:
@@ -301,7 +306,7 @@ class TerminationClassifier(nn.Module):
             since_improvement += 1
             if loss < best_loss:
                 best_loss, best_weights, since_improvement = loss, copy.deepcopy(self.network.state_dict()), 0
-            if since_improvement == PATIENCE:
+            if since_improvement == PATIENCE or best_loss < enough:
                 break
         self.network.load_state_dict(best_weights)
         return best_loss
