@@ -92,6 +92,36 @@ def real_transitions(
     )
 
 
+def recent_trajectories(replay_buffer: ReplayBuffer, n: int, device: th.device | str = "cpu") -> list[Transitions]:
+    """
+    :param replay_buffer: SB3's replay buffer or any subclass of it
+    :param n: How many of its newest transitions
+    :param device: Where to put the tensors
+    :return: Pieces of episodes, in which each transition begins where the one before it ended. As
+        :func:`real_transitions`.
+    """
+    n_rows = min(n // replay_buffer.n_envs, replay_buffer.size())
+    rows = (replay_buffer.pos - n_rows + np.arange(n_rows)) % replay_buffer.buffer_size
+    if replay_buffer.optimize_memory_usage and replay_buffer.full:
+        rows = rows[rows != replay_buffer.pos]
+    transitions = real_transitions(replay_buffer, device, rows)
+    is_last = replay_buffer.dones[rows] > 0
+    # With `optimize_memory_usage`, those are left out
+    valid = ~is_last if replay_buffer.optimize_memory_usage else np.ones_like(is_last)
+    index = valid.cumsum().reshape(valid.shape) - 1
+    trajectories = []
+    for env in range(replay_buffer.n_envs):
+        own = index[valid[:, env], env]
+        columns = Transitions(*(column[th.as_tensor(own, device=device)] for column in transitions))
+        # A training that was stopped leaves an episode without an end
+        goes_on = (columns.next_obs[:-1] == columns.obs[1:]).all(dim=1).cpu().numpy()
+        ends = (~goes_on | is_last[valid[:, env], env][:-1]).nonzero()[0] + 1
+        lengths = np.diff([0, *ends, len(own)]).tolist()
+        pieces = zip(*(column.split(lengths) for column in columns), strict=True)
+        trajectories += [Transitions(*piece) for piece in pieces if len(piece[0]) > 0]
+    return trajectories
+
+
 def relabelled(transitions: Transitions, replay_buffer: HerReplayBuffer) -> Transitions:
     """
     Hindsight experience replay (Andrychowicz et al. 2017) for all transitions at once: in the share of them for which the

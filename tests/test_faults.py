@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo import callbacks
+from sb3_mbpo import model_env
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble, target_scale
 from sb3_mbpo.dynamics.training import fit
@@ -372,7 +372,7 @@ def test_wrong_reward_is_reported_with_an_example():
 
 
 def test_wrong_derived_termination_is_reported(monkeypatch):
-    monkeypatch.setattr(callbacks, "derive_termination_fn", lambda env: lambda obs, action, next_obs: next_obs[:, 0] > 1e9)
+    monkeypatch.setattr(model_env, "derive_termination_fn", lambda env: lambda obs, action, next_obs: next_obs[:, 0] > 1e9)
     with pytest.warns(UserWarning, match=r"The termination derived from the environment disagrees"):
         make_agent(CountingEnv()).learn(61)
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo import MBPO, MlpPolicy, buffers, callbacks
+from sb3_mbpo import MBPO, MlpPolicy, buffers, model_env
 from sb3_mbpo.callbacks import DynamicsCallback
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble
@@ -439,7 +439,7 @@ def test_constants_of_training():
 
 
 def test_rollouts_in_portions(monkeypatch):
-    monkeypatch.setattr(callbacks, "ROLLOUTS_AT_ONCE", 30)
+    monkeypatch.setattr(model_env, "ROLLOUTS_AT_ONCE", 30)
     agent = make_agent(rollout_schedule=[0, 0, 3, 3]).learn(61)
     assert agent.model_buffer.size() == 300 and len(agent.model_buffer.observations[:300].unique(dim=0)) > 200
     assert agent.logger.name_to_value["model/rollout_length_mean"] == 3

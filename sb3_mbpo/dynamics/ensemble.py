@@ -185,6 +185,21 @@ class Ensemble(nn.Module):
         return ((mean - targets) / self.target_scale).square().mean(dim=(1, 2))
 
     @th.no_grad()
+    def nll(self, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        Negative log-likelihood under what rollouts draw from, the mixture of the elites.
+
+        :param inputs: (obs, action), ``(n, obs_dim + action_dim)``, raw units
+        :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``, raw units
+        :return: In nats, ``(n,)``
+        """
+        mean, log_var = self(inputs.expand(self.n_members, -1, -1))
+        elites = self.elites.long()
+        normal = th.distributions.Normal(mean[elites], th.exp(0.5 * log_var[elites]))
+        log_likelihoods = normal.log_prob(targets).sum(dim=2)
+        return math.log(len(elites)) - log_likelihoods.logsumexp(dim=0)
+
+    @th.no_grad()
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Draw the next observation and the reward: for each row one elite, uniformly at random, and a sample from its

@@ -1,0 +1,124 @@
+"""An agent's model as something to act in: the ensemble together with the policy, the terminations and the rewards."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mbpo.buffers import normalized
+from sb3_mbpo.dynamics.rollouts import Reward, Transitions, rollout
+from sb3_mbpo.dynamics.termination import derive_termination_fn
+from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
+from sb3_mbpo.spaces import dims_where, in_space, unflatten
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
+
+# Model rollouts that are made side by side: few enough for the processor's caches, which makes them 1.7 times as fast as
+# 100,000 at once
+ROLLOUTS_AT_ONCE = 10_000
+
+
+class ModelEnv:
+    """
+    Observations are raw and flat, actions in [-1, 1], as tensors on the agent's device.
+
+    :param agent: Whose model, policy and functions these are
+    :param env: The real environment, of which the terminations are derived where they are known
+    """
+
+    def __init__(self, agent: "MBPO", env: VecEnv) -> None:
+        self.agent, self.env = agent, env
+        space = agent.observation_space
+        self.binary_dims = dims_where(space, lambda name, part: isinstance(part, spaces.MultiBinary))
+        is_goal_conditioned = isinstance(agent.replay_buffer, HerReplayBuffer)
+        self.goal_dims = dims_where(space, lambda name, part: is_goal_conditioned and name == "desired_goal")
+        # None: learned
+        self.termination_fn = agent.termination_fn or derive_termination_fn(env)
+
+    def rollout(self, start_obs: th.Tensor, length: int) -> Iterator[Transitions]:
+        """
+        Follow the stochastic policy (see :func:`sb3_mbpo.dynamics.rollouts.rollout`), in portions.
+
+        :param start_obs: ``(n, obs_dim)``
+        :param length: ``k``
+        :return: Transitions, those of a step together, one portion after the other
+        """
+        for some in start_obs.split(ROLLOUTS_AT_ONCE):
+            yield from rollout(
+                *(self.agent.dynamics, self.policy, some, length, self.termination, self.reward),
+                constant=self.goal_dims,
+                binary=self.binary_dims,
+            )
+
+    def policy(self, obs: th.Tensor) -> th.Tensor:
+        """
+        :param obs: ``(n, obs_dim)``
+        :return: Actions of the stochastic policy, as the replay buffer has them, ``(n, action_dim)``
+        """
+        agent = self.agent
+        if agent.use_sde:
+            agent.actor.reset_noise(len(obs))
+        return agent.actor(normalized(unflatten(agent.observation_space, obs), agent.get_vec_normalize_env()))
+
+    def termination(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        """
+        :param obs: ``(n, obs_dim)``
+        :param actions: ``(n, action_dim)``
+        :param next_obs: ``(n, obs_dim)``
+        :return: Whether each transition is terminal, bool, ``(n,)``
+        """
+        if self.termination_fn is None:
+            return self.agent.termination_classifier.predict(next_obs)
+        return self._apply(self.termination_fn, "termination_fn", obs, actions, next_obs, boolean=True)
+
+    @property
+    def reward(self) -> Reward | None:
+        """The user's function, the environment's own where hindsight experience replay would ask it, None for the model."""
+        buffer = self.agent.replay_buffer
+        if self.agent.reward_fn is not None:
+            return partial(self._apply, self.agent.reward_fn, "reward_fn", boolean=False)
+        # What rewards take from `info`, nobody knows in a model rollout
+        if isinstance(buffer, HerReplayBuffer) and not buffer.copy_info_dict:
+            return self._goal_reward
+        return None
+
+    def _goal_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+        reached = in_space(self.agent.observation_space, next_obs)
+        infos: list[dict[str, Any]] = [{} for _ in next_obs]
+        rewards = self.env.env_method("compute_reward", reached["achieved_goal"], reached["desired_goal"], infos, indices=[0])[
+            0
+        ]
+        rewards = np.asarray(rewards, dtype=np.float32).reshape(-1)
+        if rewards.shape != (len(next_obs),) or not np.isfinite(rewards).all():
+            raise ValueError(
+                f"`compute_reward` of the environment must return {len(next_obs)} finite numbers, one for each goal, but "
+                f"returned {rewards}"
+            )
+        return th.as_tensor(rewards, device=next_obs.device)
+
+    def _apply(
+        self, fn: TransitionFn, name: str, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, boolean: bool
+    ) -> th.Tensor:
+        values = apply_transition_fn(fn, name, *self.as_environment(obs, actions, next_obs), boolean)
+        # A copy, as the user's array may be read-only
+        return th.tensor(values, device=self.agent.device)
+
+    def as_environment(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> tuple[Any, np.ndarray, Any]:
+        """
+        What the environment itself would see.
+
+        :param obs: ``(n, obs_dim)``
+        :param actions: ``(n, action_dim)``
+        :param next_obs: ``(n, obs_dim)``
+        :return: Arrays, or dictionaries of them, in the environment's own shapes, and actions in its units
+        """
+        space, policy = self.agent.observation_space, self.agent.policy
+        before, after = (in_space(space, each) for each in (obs, next_obs))
+        action: Any = unflatten(self.agent.action_space, actions.cpu().numpy())
+        return before, policy.unscale_action(action), after
