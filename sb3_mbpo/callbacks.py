@@ -21,12 +21,13 @@ from sb3_mbpo.buffers import (
     relabelled,
 )
 from sb3_mbpo.compilation import compiled
+from sb3_mbpo.diagnostics.live import LOGGED_STEPS, LiveDiagnostics
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.dynamics.training import fit, train_step
 from sb3_mbpo.dynamics.user_functions import describe_row
 from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.model_env import ModelEnv
-from sb3_mbpo.schedules import rollout_length
+from sb3_mbpo.schedules import AUTO_MAX, auto_rollout_length
 from sb3_mbpo.spaces import arrays
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class DynamicsCallback(BaseCallback):
         self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
         # At every `learn()`, because `set_env` may have brought another environment
         self.model_env = ModelEnv(agent, self.training_env)
+        self.live = LiveDiagnostics(agent, self.model_env)
         termination_fn = self.model_env.termination_fn
         if termination_fn is None and agent.optimize_memory_usage:
             raise ValueError(
@@ -141,10 +143,23 @@ class DynamicsCallback(BaseCallback):
             transitions = self.real.update(agent.replay_buffer, now - self.last_update)
             self.last_update = now
             if retrain:
+                self._measure_model(transitions)
                 self._train_model(transitions)
                 agent.last_model_training = now
             self._generate_rollouts(transitions)
             agent.last_rollouts = now
+
+    def _measure_model(self, transitions: Transitions) -> None:
+        """On transitions that it has not been trained on yet."""
+        agent = self.model
+        is_auto = isinstance(agent.rollout_schedule, str)
+        with self._timed("model", "Measuring the model's error"):
+            error = self.live.before_training(transitions, AUTO_MAX if is_auto else max(LOGGED_STEPS))
+        if error is None:
+            return
+        agent.open_loop_error = error
+        if is_auto:
+            agent.auto_rollout_length = auto_rollout_length(error.relative().tolist(), agent.auto_rollout_length)
 
     def _train_model(self, transitions: Transitions) -> None:
         agent = self.model
@@ -168,6 +183,7 @@ class DynamicsCallback(BaseCallback):
             if self.model_env.termination_fn is None:
                 agent.termination_classifier.fit(transitions.next_obs, transitions.terminated)
             self._compare_with_environment(transitions)
+            self.live.after_training(transitions)
         seconds = agent.seconds["model"] - seconds
         if self.verbose >= 1:
             # The log keeps only the last one before it is written
@@ -222,7 +238,7 @@ class DynamicsCallback(BaseCallback):
 
     def _generate_rollouts(self, transitions: Transitions) -> None:
         agent = self.model
-        length = rollout_length(agent.rollout_schedule, agent.lifetime_timesteps)
+        length = agent.rollout_length
         with self._timed("rollouts", "Generating model rollouts"):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)

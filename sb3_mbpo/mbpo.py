@@ -34,11 +34,12 @@ from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
 from sb3_mbpo.checkpoints import atomic_file, explained, saved_attributes
 from sb3_mbpo.compilation import compiled, why_not
 from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.dynamics.open_loop import OpenLoopError
 from sb3_mbpo.dynamics.termination import TerminationClassifier
 from sb3_mbpo.dynamics.training import train_step, try_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
 from sb3_mbpo.errors import DivergenceError, UnsupportedSpaceError
-from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, rollout_length
+from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, longest_rollout, rollout_length
 from sb3_mbpo.spaces import check_goals, check_spaces, flat_dim
 from sb3_mbpo.update import (
     has_finite_networks,
@@ -119,7 +120,8 @@ class MBPO(SAC):
     :param model_train_freq: Environment steps between two trainings of the model, each followed by model rollouts
     :param rollout_batch_size: Number of model rollouts after each training
     :param rollout_schedule: ``(first_step, last_step, k_min, k_max)``: the length of the model rollouts grows linearly from
-        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life
+        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life. Or "auto": as long
+        as the model's measured error allows, from 1 to 25 (:func:`sb3_mbpo.schedules.auto_rollout_length`)
     :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
     :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC (the paper's
         "no model").
@@ -176,7 +178,7 @@ class MBPO(SAC):
         model_learning_rate: float = 1e-3,
         model_train_freq: int = 250,
         rollout_batch_size: int = 100_000,
-        rollout_schedule: Sequence[int] = (20_000, 100_000, 1, 15),
+        rollout_schedule: Sequence[int] | str = (20_000, 100_000, 1, 15),
         model_retain_epochs: int = 1,
         real_ratio: float = 0.05,
         termination_fn: TransitionFn | None = None,
@@ -238,6 +240,10 @@ class MBPO(SAC):
         # That saved it, if it was loaded
         self.sb3_mbpo_version = __version__
         self.last_model_training = 0
+        # Of the "auto" schedule
+        self.auto_rollout_length = 1
+        # Of the model before it was last trained, on transitions that it had not been trained on
+        self.open_loop_error: OpenLoopError | None = None
         self.last_rollouts = 0
         # Since the start of `learn()`
         self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates", "compile"), 0.0)
@@ -301,7 +307,7 @@ class MBPO(SAC):
     def _make_model_buffer(self) -> ModelReplayBuffer:
         """For rollouts of the present length, with room for the longest to come."""
         assert isinstance(self.action_space, spaces.Box)
-        now, longest = rollout_length(self.rollout_schedule, self.lifetime_timesteps), max(self.rollout_schedule[2:])
+        now, longest = self.rollout_length, longest_rollout(self.rollout_schedule)
         capacity, max_capacity = (
             model_buffer_size(self.model_retain_epochs, self.model_train_freq, self.rollout_batch_size, length)
             for length in (now, longest)
@@ -322,6 +328,13 @@ class MBPO(SAC):
         """What gradient updates sample from. Made anew each time, as users may replace the replay buffer."""
         assert self.replay_buffer is not None
         return MixedReplayBuffer(self.replay_buffer, self.model_buffer, self.real_ratio, self.gamma)
+
+    @property
+    def rollout_length(self) -> int:
+        """The present length ``k`` of the model rollouts."""
+        if isinstance(self.rollout_schedule, str):
+            return self.auto_rollout_length
+        return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
 
     @property
     def lifetime_timesteps(self) -> int:
@@ -659,7 +672,7 @@ class MBPO(SAC):
                 raise ValueError(f"The replay buffer {path} has the {name} {is_}, but the agent's is {ours}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "model_buffer", "seconds", "is_compiled"]
+        return [*super()._excluded_save_params(), "model_buffer", "open_loop_error", "seconds", "is_compiled"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

@@ -1,0 +1,128 @@
+"""What is measured at each training of the model, just before it: on transitions that the model has not seen yet."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch as th
+from stable_baselines3.common.logger import Logger
+
+from sb3_mbpo.buffers import normalized, recent_trajectories
+from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
+from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.spaces import unflatten
+from sb3_mbpo.theory import gaussian_kl, model_error_from_nll, optimal_rollout_length, policy_shift_from_kl
+
+if TYPE_CHECKING:
+    from stable_baselines3.sac.policies import Actor
+
+    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.model_env import ModelEnv
+
+# Steps of a rollout at which errors are logged
+LOGGED_STEPS = (1, 2, 5, 10)
+# Enough for two digits, and cheap beside a training
+MAX_WINDOWS = 200
+N_PARTICLES = 25
+# Transitions trained on, for the likelihood that those not trained on are compared with
+N_REFERENCE = 1_000
+
+
+def gaussian_of(actor: "Actor", agent: "MBPO", obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :param actor: Of the agent, or a copy of it from before
+    :param agent: The agent
+    :param obs: Raw and flat, ``(n, obs_dim)``
+    :return: Mean and standard deviation of the policy before it is squashed, each ``(n, action_dim)``
+    """
+    with th.no_grad():
+        seen = normalized(unflatten(agent.observation_space, obs), agent.get_vec_normalize_env())
+        mean, log_std, kwargs = actor.get_action_dist_params(seen)
+        distribution = actor.action_dist.proba_distribution(mean, log_std, **kwargs).distribution
+    assert isinstance(distribution, th.distributions.Normal)
+    return distribution.mean, distribution.stddev
+
+
+class LiveDiagnostics:
+    """
+    Between two trainings of the model the agent collects transitions with its latest policies. Before they are trained on,
+    they show how the model generalises to them: no data are held back for it, and none are collected.
+
+    :param agent: The agent
+    :param model_env: Its model
+    """
+
+    def __init__(self, agent: "MBPO", model_env: "ModelEnv") -> None:
+        self.agent, self.model_env = agent, model_env
+        # Of the last training: the policy, and what the model knew of the transitions that it was trained on
+        self._actor: Actor | None = None
+        self._reference_nll: th.Tensor | None = None
+
+    def before_training(self, transitions: Transitions, horizon: int) -> OpenLoopError | None:
+        """
+        :param transitions: All real transitions, the same as the model is trained on next
+        :param horizon: Up to which step of a rollout
+        :return: Errors at all steps up to the horizon that were reached; None if the model is not trained yet, or if there
+            is nothing that it has not been trained on
+        """
+        agent = self.agent
+        assert agent.replay_buffer is not None
+        n_new = agent.lifetime_timesteps - agent.last_model_training
+        recent = recent_trajectories(agent.replay_buffer, n_new, agent.device)
+        if not agent.dynamics.is_fitted or not recent:
+            return None
+        error = open_loop_error(
+            agent.dynamics,
+            windows(recent, horizon, MAX_WINDOWS),
+            range(1, horizon + 1),
+            data_scale(transitions),
+            N_PARTICLES,
+            self.model_env.reward,
+            self.model_env.goal_dims,
+            self.model_env.binary_dims,
+        )
+        log_open_loop_error(agent.logger, error)
+        self._log_theory(Transitions(*map(th.cat, zip(*recent, strict=True))))
+        return error
+
+    def _log_theory(self, recent: Transitions) -> None:
+        agent = self.agent
+        if self._actor is None or self._reference_nll is None:
+            return
+        kl = gaussian_kl(*gaussian_of(agent.actor, agent, recent.obs), *gaussian_of(self._actor, agent, recent.obs))
+        shift = policy_shift_from_kl(kl)
+        error = model_error_from_nll(self._nll(recent), self._reference_nll)
+        agent.logger.record("theory/model_error", error)
+        agent.logger.record("theory/policy_shift", shift)
+        agent.logger.record("theory/optimal_rollout_length", optimal_rollout_length(error, shift, agent.gamma))
+
+    def after_training(self, transitions: Transitions) -> None:
+        """
+        :param transitions: What the model has been trained on
+        """
+        self._actor = copy.deepcopy(self.agent.actor)
+        rows = th.randint(len(transitions.obs), (N_REFERENCE,), device=transitions.obs.device)
+        self._reference_nll = self._nll(Transitions(*(column[rows] for column in transitions)))
+
+    def _nll(self, transitions: Transitions) -> th.Tensor:
+        obs, actions, next_obs, rewards, _ = transitions
+        return self.agent.dynamics.nll(th.cat([obs, actions], dim=1), th.cat([rewards[:, None], next_obs - obs], dim=1))
+
+
+def log_open_loop_error(logger: Logger, error: OpenLoopError) -> None:
+    """
+    :param logger: SB3's
+    :param error: What was measured
+    """
+    varies = error.varies()
+    if not varies.any():
+        return
+    relative_error, relative_std, r2 = error.relative(), error.relative("std"), error.r2()
+    for row, step in enumerate(error.steps):
+        if step not in LOGGED_STEPS:
+            continue
+        logger.record(f"open_loop/error_{step}", relative_error[row].item())
+        logger.record(f"open_loop/std_{step}", relative_std[row].item())
+        for n_sigma, inside in enumerate(error.inside, start=1):
+            logger.record(f"open_loop/inside_{n_sigma}_sigma_{step}", inside[row, 1:][varies].mean().item())
+        logger.record(f"open_loop/r2_{step}", r2[row, 1:][varies].nanmedian().item())
+        logger.record(f"open_loop/reward_r2_{step}", r2[row, 0].item())
