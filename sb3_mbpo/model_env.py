@@ -11,7 +11,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.buffers import normalized
-from sb3_mbpo.dynamics.rollouts import Reward, Transitions, rollout
+from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
 from sb3_mbpo.spaces import dims_where, in_space, unflatten
@@ -55,6 +55,32 @@ class ModelEnv:
                 constant=self.goal_dims,
                 binary=self.binary_dims,
             )
+
+    def returns(self, start_obs: th.Tensor, length: int) -> th.Tensor:
+        """
+        :param start_obs: ``(n, obs_dim)``
+        :param length: Steps in each rollout
+        :return: Undiscounted return of the stochastic policy up to each step, ``(n, length)``. It stays as it is after a
+            terminal transition, and where the model predicts anything that is not finite.
+        """
+        rewards = start_obs.new_zeros(len(start_obs), length)
+        obs, rows = start_obs, th.arange(len(start_obs), device=start_obs.device)
+        with th.no_grad():
+            for step in range(length):
+                actions = self.policy(obs)
+                next_obs, predicted = predict(self.agent.dynamics, obs, actions, self.goal_dims, self.binary_dims)
+                finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(predicted)
+                obs, actions, next_obs, predicted, rows = (
+                    column[finite] for column in (obs, actions, next_obs, predicted, rows)
+                )
+                if len(rows) == 0:
+                    break
+                rewards[rows, step] = predicted if self.reward is None else self.reward(obs, actions, next_obs)
+                goes_on = ~self.termination(obs, actions, next_obs)
+                obs, rows = next_obs[goes_on], rows[goes_on]
+                if len(rows) == 0:
+                    break
+        return rewards.cumsum(dim=1)
 
     def policy(self, obs: th.Tensor) -> th.Tensor:
         """

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch as th
 
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.rollouts import Reward, Transitions
+from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict
 
 
 class Windows(NamedTuple):
@@ -79,17 +79,15 @@ def open_loop(
     :param actions: Actions to take, in [-1, 1], ``(n, horizon, action_dim)``
     :param n_particles: Trajectories from each start
     :param reward: Reward function, the ensemble's prediction if None
-    :param constant: Dimensions of the observation that stay as they are: goals
-    :param binary: Dimensions of the observation that are 0 or 1: predictions are rounded
+    :param constant: See :func:`sb3_mbpo.dynamics.rollouts.predict`
+    :param binary: See :func:`sb3_mbpo.dynamics.rollouts.predict`
     :return: For each step the predicted observations ``(n, n_particles, obs_dim)`` and rewards ``(n, n_particles)``
     """
     n, horizon, _ = actions.shape
     obs = obs.repeat_interleave(n_particles, dim=0)
     for step in range(horizon):
         taken = actions[:, step].repeat_interleave(n_particles, dim=0)
-        next_obs, rewards = ensemble.sample(obs, taken)
-        next_obs[:, list(constant)] = obs[:, list(constant)]
-        next_obs[:, list(binary)] = (next_obs[:, list(binary)] > 0.5).float()
+        next_obs, rewards = predict(ensemble, obs, taken, constant, binary)
         if reward is not None:
             rewards = reward(obs, taken, next_obs)
         yield next_obs.view(n, n_particles, -1), rewards.view(n, n_particles)

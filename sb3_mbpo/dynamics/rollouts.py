@@ -33,6 +33,31 @@ class Transitions(NamedTuple):
 
 
 @th.no_grad()
+def predict(
+    ensemble: Ensemble,
+    obs: th.Tensor,
+    actions: th.Tensor,
+    constant: Sequence[int] = (),
+    binary: Sequence[int] = (),
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    One step under the model: for each row a sample of an elite chosen at random.
+
+    :param ensemble: A fitted ensemble
+    :param obs: ``(n, obs_dim)``
+    :param actions: In [-1, 1], ``(n, action_dim)``
+    :param constant: Dimensions of the observation that stay as they are in the whole rollout: goals
+    :param binary: Dimensions of the observation that are 0 or 1: predictions are rounded
+    :return: Next observations ``(n, obs_dim)`` and rewards ``(n,)``, which need not be finite
+    """
+    next_obs, rewards = ensemble.sample(obs, actions)
+    next_obs[:, list(constant)] = obs[:, list(constant)]
+    bits = next_obs[:, list(binary)]
+    next_obs[:, list(binary)] = th.where(bits.isfinite(), (bits > 0.5).float(), bits)
+    return next_obs, rewards
+
+
+@th.no_grad()
 def rollout(
     ensemble: Ensemble,
     policy: Policy,
@@ -54,21 +79,19 @@ def rollout(
     :param length: ``k``
     :param termination: Which transitions are terminal, bool
     :param reward: Reward function, the ensemble's prediction if None
-    :param constant: Dimensions of the observation that stay as they are in the whole rollout: goals
-    :param binary: Dimensions of the observation that are 0 or 1: predictions are rounded
+    :param constant: See :func:`predict`
+    :param binary: See :func:`predict`
     :return: The transitions of each step, at most ``n`` of them; ends early when no rollout is left
     """
     obs = start_obs
     for _ in range(length):
         actions = policy(obs)
-        next_obs, rewards = ensemble.sample(obs, actions)
-        next_obs[:, list(constant)] = obs[:, list(constant)]
+        next_obs, rewards = predict(ensemble, obs, actions, constant, binary)
         finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(rewards)
         if not finite.all():
             obs, actions, next_obs, rewards = obs[finite], actions[finite], next_obs[finite], rewards[finite]
         if len(obs) == 0:
             return
-        next_obs[:, list(binary)] = (next_obs[:, list(binary)] > 0.5).float()
         if reward is not None:
             rewards = reward(obs, actions, next_obs)
         terminated = termination(obs, actions, next_obs)

@@ -1,0 +1,86 @@
+"""Diagnostics during a training, in the log and in TensorBoard."""
+
+from typing import TYPE_CHECKING
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure
+
+from sb3_mbpo.buffers import recent_trajectories
+from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_values
+from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
+from sb3_mbpo.diagnostics.values import value_check
+from sb3_mbpo.model_env import ModelEnv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    from sb3_mbpo.mbpo import MBPO
+
+# Real transitions whose values are checked: some episodes, of policies that are not yet old
+N_VALUES = 2_000
+
+
+class DiagnosticsCallback(BaseCallback):
+    """
+    Just before the model is trained again: its error on the transitions that it has not seen, dimension by dimension, and
+    Q-values beside the returns that came. Nothing is held back from training, no step is made in an environment. Figures go to
+    TensorBoard. What is cheap, :class:`~sb3_mbpo.MBPO` logs without it (``open_loop/``, ``theory/``).
+
+    In a YAML of RL Zoo: ``callback: sb3_mbpo.diagnostics.DiagnosticsCallback``.
+
+    :param freq: Environment steps from one time to the next; rounded up to trainings of the model
+    :param horizon: Steps of a rollout
+    :param columns: Dimensions of the observation to replay in a figure, the first four if None
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages
+    """
+
+    model: "MBPO"
+
+    def __init__(self, freq: int = 1_000, horizon: int = 25, columns: list[int] | None = None, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if freq < 1 or horizon < 1:
+            raise ValueError(f"`freq` and `horizon` must be 1 or more, not {freq!r} and {horizon!r}")
+        self.freq, self.horizon, self.columns = freq, horizon, columns
+        self.last_time = 0
+
+    def _on_training_start(self) -> None:
+        self.model_env = ModelEnv(self.model, self.training_env)
+
+    def _on_step(self) -> bool:
+        # Before the rollout's end, at which the model is trained on all of it
+        agent, now = self.model, self.model.lifetime_timesteps
+        is_due = now - agent.last_model_training >= agent.model_train_freq and now - self.last_time >= self.freq
+        if is_due and agent.dynamics.is_fitted:
+            self.last_time = now
+            self._measure(now - agent.last_model_training)
+        return True
+
+    def _measure(self, n_new: int) -> None:
+        agent = self.model
+        assert agent.replay_buffer is not None
+        trajectories = recent_trajectories(agent.replay_buffer, n_new, agent.device)
+        if trajectories:
+            error = error_by_step(self.model_env, trajectories, self.horizon)
+            for column, (rmse, r2) in enumerate(zip(error.rmse[0].tolist(), error.r2()[0].tolist(), strict=True)):
+                self.logger.record(f"diagnostics/rmse_{name_of(column)}", rmse)
+                self.logger.record(f"diagnostics/r2_{name_of(column)}", r2)
+            columns = list(range(error.rmse.shape[1] - 1))[:4] if self.columns is None else self.columns
+            longest = max(trajectories, key=lambda trajectory: len(trajectory.rewards))
+            self._show("error", plot_error(error))
+            self._show("dimensions", plot_dimensions(error))
+            self._show("replay", plot_replay(replay(self.model_env, longest), [0, *(1 + column for column in columns)]))
+        older = recent_trajectories(agent.replay_buffer, N_VALUES, agent.device)
+        try:
+            check = value_check(agent, older)
+        except ValueError as error:
+            if self.verbose >= 1:
+                print(f"Values are not checked: {error}")
+            return
+        for name, values in (("q_real", check.q_real), ("q_model", check.q_model), ("returns", check.returns)):
+            if len(values) > 0:
+                self.logger.record(f"diagnostics/{name}", float(values.mean()))
+        self.logger.record("diagnostics/q_bias", check.bias())
+        self._show("values", plot_values(check))
+
+    def _show(self, name: str, figure: "MatplotlibFigure") -> None:
+        self.logger.record(f"figures/{name}", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv"))

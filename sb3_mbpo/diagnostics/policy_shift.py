@@ -1,0 +1,154 @@
+"""How the model's error grows when the policy moves away from the one that collected the data (paper, Figure 1)."""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mbpo.buffers import real_transitions
+from sb3_mbpo.diagnostics.live import gaussian_of
+from sb3_mbpo.diagnostics.trajectories import collect
+from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.spaces import flat_dim
+from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, policy_shift_from_kl
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.model_env import ModelEnv
+
+
+class PolicyShift(NamedTuple):
+    """
+    Errors of models that know data of one policy only, on data of others.
+
+    :param data_sizes: How many transitions each model was trained on, ``n_sizes`` of them
+    :param kl: Mean divergence of each policy from the one that collected the data, nats, ``(n_policies,)``
+    :param shift: The same as total variation distance, by Pinsker's inequality, in [0, 1], ``(n_policies,)``
+    :param rmse: Error of each model, one step, in standard deviations of the change of each dimension, averaged over them,
+        ``(n_sizes, n_policies)``
+    :param model_error: Surrogate of the total variation distance (:func:`sb3_mbpo.theory.model_error_from_nll`),
+        ``(n_sizes, n_policies)``
+    """
+
+    data_sizes: list[int]
+    kl: np.ndarray
+    shift: np.ndarray
+    rmse: np.ndarray
+    model_error: np.ndarray
+
+    def slopes(self, of: str = "rmse") -> list[float]:
+        """
+        :param of: "rmse" or "model_error"
+        :return: d error / d shift for each data size (paper, Figure 1b), by least squares over all policies
+        """
+        return [error_slope(self.shift, errors) for errors in getattr(self, of)]
+
+
+def policy_shift(
+    agent: "MBPO",
+    data: Transitions,
+    policies: Sequence["MBPO"],
+    env: VecEnv,
+    data_sizes: Sequence[int] = (500, 1_000, 2_000),
+    n_steps: int = 500,
+    max_epochs: int | None = 20,
+) -> PolicyShift:
+    """
+    Train models on data of the agent's policy, and measure them on data of other policies.
+
+    :param agent: Whose policy collected the data. Not changed
+    :param data: Its transitions, as many as the largest data size
+    :param policies: Other policies, such as later checkpoints of the training, or what :func:`continued` returns
+    :param env: See :func:`sb3_mbpo.diagnostics.trajectories.collect`
+    :param data_sizes: How many of the transitions to train on
+    :param n_steps: Environment steps to collect with the agent's and with each other policy
+    :param max_epochs: Of each training of a model
+    :return: Errors; the first policy is the agent's own, on data not trained on
+    :raises ValueError: if there are too few transitions
+    """
+    if max(data_sizes) > len(data.obs):
+        raise ValueError(
+            f"`data` has {len(data.obs)} transitions, too few for the largest of `data_sizes` ({max(data_sizes)})"
+        )
+    inputs, targets = _as_regression(data)
+    models = []
+    for size in data_sizes:
+        model = Ensemble(
+            flat_dim(agent.observation_space),
+            flat_dim(agent.action_space),
+            agent.model_hidden_sizes,
+            agent.ensemble_size,
+            agent.num_elites,
+            agent.model_learning_rate,
+        ).to(agent.device)
+        rows = th.randperm(len(inputs), device=inputs.device)[:size]
+        fit(model, inputs[rows], targets[rows], max_epochs)
+        models.append((model, model.nll(inputs[rows], targets[rows])))
+
+    scale = targets[:, 1:].std(dim=0, correction=0)
+    kl, shift, rmse, model_error = [], [], [], []
+    for policy in [agent, *policies]:
+        new = Transitions(*map(th.cat, zip(*collect(policy, env, n_steps), strict=True)))
+        distance = gaussian_kl(*gaussian_of(policy.actor, policy, new.obs), *gaussian_of(agent.actor, agent, new.obs))
+        kl.append(distance.mean().item())
+        shift.append(policy_shift_from_kl(distance))
+        x, y = _as_regression(new)
+        rmse.append([_relative_error(model, x, y, scale) for model, _ in models])
+        model_error.append([model_error_from_nll(model.nll(x, y), reference) for model, reference in models])
+    return PolicyShift(list(data_sizes), np.array(kl), np.array(shift), np.array(rmse).T, np.array(model_error).T)
+
+
+def _as_regression(transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
+    obs, actions, next_obs, rewards, _ = transitions
+    return th.cat([obs, actions], dim=1), th.cat([rewards[:, None], next_obs - obs], dim=1)
+
+
+def _relative_error(model: Ensemble, inputs: th.Tensor, targets: th.Tensor, scale: th.Tensor) -> float:
+    with th.no_grad():
+        mean, _ = model(inputs.expand(model.n_members, -1, -1))
+        errors = (mean[model.elites.long()].mean(dim=0) - targets)[:, 1:].square().mean(dim=0).sqrt()
+    varies = scale > 0
+    return (errors / scale)[varies].mean().item()
+
+
+def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) -> list["MBPO"]:
+    """
+    Optimise the agent's policy further without new data, as the paper does for Figure 1.
+
+    :param model_env: The agent's model. The agent needs its replay buffer, and is not changed, but for its model buffer, which
+        is filled if it is empty
+    :param n_policies: How many policies to return
+    :param updates: Gradient updates from each to the next
+    :return: Copies of the agent, each trained further than the one before
+    """
+    agent = model_env.agent
+    assert agent.replay_buffer is not None
+    if agent.model_buffer.size() == 0:
+        real = real_transitions(agent.replay_buffer, agent.device)
+        start = real.obs[th.randint(len(real.obs), (agent.rollout_batch_size,), device=agent.device)]
+        for step in model_env.rollout(start, agent.rollout_length):
+            agent.model_buffer.extend(step)
+    policies, latest = [], agent
+    for _ in range(n_policies):
+        latest = _copy(latest)
+        latest.train(updates, latest.batch_size)
+        policies.append(latest)
+    return policies
+
+
+def _copy(agent: "MBPO") -> "MBPO":
+    """With its own networks; what is only read is shared."""
+    shared = [agent.replay_buffer, agent.model_buffer, agent.env, agent._vec_normalize_env, agent.dynamics]
+    memo: dict[int, Any] = {id(each): each for each in shared if each is not None}
+    if hasattr(agent, "_logger"):
+        memo[id(agent._logger)] = agent._logger
+    copied = copy.deepcopy(agent, memo=memo)
+    # Silent, and a loaded agent has none
+    copied.set_logger(Logger(folder=None, output_formats=[]))
+    return copied

@@ -1,0 +1,67 @@
+"""Fresh trajectories of a trained agent, which its model has never seen."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+
+from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.spaces import flatten, map_arrays
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
+
+
+def _raw(vec_normalize: VecNormalize | None, obs: Any) -> Any:
+    return obs if vec_normalize is None else vec_normalize.unnormalize_obs(obs)
+
+
+def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = False) -> list[Transitions]:
+    """
+    Act in the real environment. Neither the agent nor the statistics of a ``VecNormalize`` are changed.
+
+    :param agent: Who acts
+    :param env: One environment with the agent's spaces; not the one in which a training goes on, as it is reset. Wrapped in
+        ``VecNormalize`` if that is what the agent was trained with
+    :param n_steps: Number of environment steps
+    :param deterministic: Whether to act without exploration
+    :return: Trajectories, the last of which may be unfinished: raw units, actions in [-1, 1]
+    :raises ValueError: if there is more than one environment, or if its spaces are not the agent's
+    """
+    if env.num_envs != 1:
+        raise ValueError(f"`env` must be one environment, not {env.num_envs}")
+    for name in ("observation_space", "action_space"):
+        if getattr(env, name) != getattr(agent, name):
+            raise ValueError(f"`env` has the {name} {getattr(env, name)}, but the agent's is {getattr(agent, name)}")
+    vec_normalize = unwrap_vec_normalize(env)
+    was_training = vec_normalize is not None and vec_normalize.training
+    if vec_normalize is not None:
+        vec_normalize.training = False
+    trajectories, rows = [], []
+    try:
+        obs: Any = env.reset()
+        raw_obs = obs if vec_normalize is None else vec_normalize.get_original_obs()
+        for step in range(n_steps):
+            action, _ = agent.predict(obs, deterministic=deterministic)
+            obs, reward, done, info = env.step(action)
+            if vec_normalize is not None:
+                reward = vec_normalize.get_original_reward()
+            next_raw = obs if vec_normalize is None else vec_normalize.get_original_obs()
+            successor = next_raw
+            if done[0]:
+                last = map_arrays(lambda array: np.asarray(array)[None], info[0]["terminal_observation"])
+                successor = _raw(vec_normalize, last)
+            terminated = bool(done[0]) and not info[0].get("TimeLimit.truncated", False)
+            scaled = agent.policy.scale_action(action)
+            rows.append((flatten(raw_obs), flatten(scaled), flatten(successor), reward, np.array([terminated])))
+            raw_obs = next_raw
+            if done[0] or step == n_steps - 1:
+                columns = [th.as_tensor(np.concatenate(column), device=agent.device) for column in zip(*rows, strict=True)]
+                numbers = [column.float() for column in columns[:4]]
+                trajectories.append(Transitions(numbers[0], numbers[1], numbers[2], numbers[3], columns[4]))
+                rows = []
+    finally:
+        if vec_normalize is not None:
+            vec_normalize.training = was_training
+    return trajectories

@@ -1,0 +1,114 @@
+"""Whether the critics over- or underestimate: on real data, on generated data, and beside the returns that came."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_mbpo.buffers import normalized
+from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.spaces import unflatten
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
+
+# Weight of the rest of an episode that was not seen, beside which a return is as good as complete
+MAX_REST = 0.05
+
+
+class ValueCheck(NamedTuple):
+    """
+    Values in the units that the critics learn: normalised rewards under ``VecNormalize``, entropy included.
+
+    :param q_real: Q-value of the lowest critic of real transitions, ``(n,)``
+    :param returns: Soft discounted return that followed each of them, ``(n,)``
+    :param q_model: Q-value of the lowest critic of generated transitions, ``(m,)``; empty without any
+    """
+
+    q_real: np.ndarray
+    returns: np.ndarray
+    q_model: np.ndarray
+
+    def bias(self) -> float:
+        """
+        :return: Mean of Q-value less return: above 0 the critics overestimate
+        """
+        return float((self.q_real - self.returns).mean())
+
+    def relative_bias(self) -> float:
+        """
+        :return: The same, as a share of the mean absolute return
+        """
+        return self.bias() / max(float(np.abs(self.returns).mean()), 1e-8)
+
+
+def q_values(agent: "MBPO", obs: Any, actions: th.Tensor) -> th.Tensor:
+    """
+    :param agent: Whose critics
+    :param obs: As the critics see them, ``(n, *shape)``, or a dictionary of them
+    :param actions: In [-1, 1], ``(n, action_dim)``
+    :return: Of the lowest critic, ``(n,)``
+    """
+    with th.no_grad():
+        return th.cat(agent.critic(obs, actions), dim=1).amin(dim=1)
+
+
+def value_check(agent: "MBPO", trajectories: Sequence[Transitions], max_model: int = 1_000) -> ValueCheck:
+    """
+    :param agent: Whose critics
+    :param trajectories: Real ones of its present stochastic policy; of somewhat older policies, the returns are theirs
+    :param max_model: Generated transitions to draw from the model buffer
+    :return: Q-values and the returns that came. States whose return would depend on what was not seen, as their episode was
+        cut off soon after, are left out.
+    :raises ValueError: if no trajectory is long enough
+    """
+    env, gamma = agent.get_vec_normalize_env(), agent.gamma
+    # Steps after which the rest weighs no more than MAX_REST
+    n_seen = int(np.ceil(np.log(MAX_REST) / np.log(gamma))) if 0 < gamma < 1 else 1
+    log_ent_coef = agent.log_ent_coef
+    ent_coef = agent.ent_coef_tensor if log_ent_coef is None else log_ent_coef.detach().exp()
+    q_real, returns = [], []
+    for trajectory in trajectories:
+        n = len(trajectory.rewards)
+        n_complete = n if trajectory.terminated[-1] else n - n_seen
+        if n_complete <= 0:
+            continue
+        obs = normalized(unflatten(agent.observation_space, trajectory.obs), env)
+        rewards = trajectory.rewards.cpu().numpy()
+        if env is not None:
+            rewards = env.normalize_reward(rewards)
+        bonus = -ent_coef * log_density(agent, obs, trajectory.actions)
+        soft_return, soft_returns = 0.0, np.zeros(n)
+        for step in reversed(range(n)):
+            # The entropy of an action counts in the state in which it is drawn, hence not in Q of that action
+            following = soft_return + bonus[step + 1].item() if step + 1 < n else 0.0
+            soft_return = float(rewards[step]) + gamma * following
+            soft_returns[step] = soft_return
+        q_real.append(q_values(agent, obs, trajectory.actions).cpu().numpy()[:n_complete])
+        returns.append(soft_returns[:n_complete])
+    if not q_real:
+        longest = max(len(trajectory.rewards) for trajectory in trajectories)
+        raise ValueError(
+            f"No trajectory ends in a terminal state or is longer than {n_seen} steps, after which what follows hardly counts "
+            f"(`gamma` {gamma}): the longest has {longest}"
+        )
+    q_model = np.zeros(0)
+    if agent.model_buffer.size() > 0:
+        sample = agent.model_buffer.sample(max_model, env=env)
+        q_model = q_values(agent, sample.observations, sample.actions).cpu().numpy()
+    return ValueCheck(np.concatenate(q_real), np.concatenate(returns), q_model)
+
+
+def log_density(agent: "MBPO", obs: Any, actions: th.Tensor) -> th.Tensor:
+    """
+    :param agent: Whose stochastic policy
+    :param obs: As the policy sees them, ``(n, *shape)``, or a dictionary of them
+    :param actions: In [-1, 1], ``(n, action_dim)``
+    :return: Logarithm of the actions' density, ``(n,)``
+    """
+    with th.no_grad():
+        mean, log_std, kwargs = agent.actor.get_action_dist_params(obs)
+        distribution = agent.actor.action_dist.proba_distribution(mean, log_std, **kwargs)
+        # At -1 and 1 the density is infinite
+        return distribution.log_prob(actions.clamp(-1 + 1e-6, 1 - 1e-6))
