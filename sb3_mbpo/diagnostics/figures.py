@@ -101,7 +101,7 @@ def plot_replay(replay: Replay, columns: Sequence[int]) -> Figure:
         ax.fill_between(steps, mean - std, mean + std, color=MODEL, alpha=0.25, linewidth=0)
         ax.plot(steps, real, color=REAL, linewidth=1, label="environment")
         ax.set(ylabel=name_of(column), ylim=(low - margin, high + margin))
-    axes[0].set_title("The same actions in the environment and under the model")
+    axes[0].set_title("Same actions, real and under the model")
     axes[0].legend(frameon=False, ncols=2, fontsize="small")
     axes[-1].set_xlabel("step")
     return figure

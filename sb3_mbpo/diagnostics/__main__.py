@@ -1,0 +1,201 @@
+"""``python -m sb3_mbpo.diagnostics {open-loop,exploitation,policy-shift,report} agent.zip --env ID``"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gymnasium as gym
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_mbpo.diagnostics import figures, report
+from sb3_mbpo.diagnostics.exploitation import Returns, returns
+from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
+from sb3_mbpo.diagnostics.policy_shift import PolicyShift, continued, policy_shift
+from sb3_mbpo.diagnostics.trajectories import collect
+from sb3_mbpo.diagnostics.values import value_check
+from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.mbpo import MBPO
+from sb3_mbpo.model_env import ModelEnv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def parser() -> argparse.ArgumentParser:
+    """
+    :return: Of the command line
+    """
+    result = argparse.ArgumentParser(prog="python -m sb3_mbpo.diagnostics", description="Can the model be trusted?")
+    commands = result.add_subparsers(dest="command", required=True)
+    for name, help_ in (
+        ("open-loop", "the model's error by step of a rollout, and a real action sequence under the model"),
+        ("exploitation", "returns of the policy under the model and in the environment"),
+        ("policy-shift", "the model's error on data of other policies; needs --replay-buffer"),
+        ("report", "all of it, and the values, as one HTML page"),
+    ):
+        command = commands.add_parser(name, help=help_)
+        command.add_argument("agent", help="zip of a trained agent")
+        command.add_argument("--env", required=True, help="id of its environment")
+        command.add_argument("--env-kwargs", type=json.loads, default={}, help="as JSON: '{\"render_mode\": null}'")
+        command.add_argument("--gym-packages", nargs="+", default=[], help="packages to import that register environments")
+        command.add_argument("--replay-buffer", help="the agent's, as written by save_replay_buffer")
+        command.add_argument("--vec-normalize", help="statistics of VecNormalize, if the agent was trained with it")
+        command.add_argument("--later", nargs="+", default=[], help="zips of later agents, for policy-shift")
+        command.add_argument("--data-sizes", nargs="+", type=int, default=[500, 1_000, 2_000], help="for policy-shift")
+        command.add_argument("--steps", type=int, default=2_000, help="environment steps to collect")
+        command.add_argument("--horizon", type=int, default=25, help="steps of a rollout")
+        command.add_argument("--return-horizon", type=int, default=200, help="steps of a return")
+        command.add_argument(
+            "--columns", nargs="+", type=int, default=[0, 1, 2, 3], help="dimensions of the observation to show"
+        )
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--out", default=".", help="folder for what is written")
+    return result
+
+
+class Measured:
+    """What the commands measure, each once, on the same trajectories."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        for package in arguments.gym_packages:
+            importlib.import_module(package)
+        self.arguments = arguments
+        set_random_seed(arguments.seed)
+        self.env = self._make_env()
+        self.agent = MBPO.load(arguments.agent, env=self.env)
+        if not self.agent.dynamics.is_fitted:
+            raise ValueError(f"The model of {arguments.agent} has not been trained yet")
+        if arguments.replay_buffer is not None:
+            self.agent.load_replay_buffer(arguments.replay_buffer)
+        self.model_env = ModelEnv(self.agent, self.env)
+        print(f"Collecting {arguments.steps:,} steps of {arguments.env} with the agent's stochastic policy")
+        self.trajectories = collect(self.agent, self.env, arguments.steps)
+        self.longest = max(self.trajectories, key=lambda trajectory: len(trajectory.rewards))
+        n_dims = self.longest.obs.shape[1]
+        self.columns = [0, *(1 + column for column in arguments.columns if column < n_dims)]
+
+    def _make_env(self) -> VecEnv:
+        arguments = self.arguments
+        env: VecEnv = make_vec_env(arguments.env, seed=arguments.seed, env_kwargs=arguments.env_kwargs)
+        if arguments.vec_normalize is not None:
+            env = VecNormalize.load(arguments.vec_normalize, env)
+            env.training = False
+        return env
+
+    def returns(self) -> Returns:
+        """
+        :return: Under the model and in the environment
+        """
+        return returns(self.model_env, self.trajectories, self.arguments.return_horizon)
+
+    def policy_shift(self) -> PolicyShift:
+        """
+        :return: Models of data of the agent's own policy, under the policies of later agents, or of the agent trained further
+        :raises ValueError: without a replay buffer
+        """
+        arguments = self.arguments
+        if arguments.replay_buffer is None and not arguments.later:
+            raise ValueError("policy-shift needs --replay-buffer, to train the policy further, or --later")
+        policies = [MBPO.load(path, env=self.env) for path in arguments.later] or continued(self.model_env)
+        n_more = max(arguments.data_sizes) - sum(len(trajectory.obs) for trajectory in self.trajectories)
+        more = collect(self.agent, self.env, n_more) if n_more > 0 else []
+        data = Transitions(*map(th.cat, zip(*self.trajectories, *more, strict=True)))
+        return policy_shift(self.agent, data, policies, self.env, arguments.data_sizes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    :param argv: Arguments, those of the process if None
+    """
+    arguments = parser().parse_args(argv)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        measured = Measured(arguments)
+        {"open-loop": _open_loop, "exploitation": _exploitation, "policy-shift": _policy_shift, "report": _report}[
+            arguments.command
+        ](measured, out)
+    except (ValueError, FileNotFoundError, gym.error.Error) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    figure.savefig(path, dpi=150)
+    print(f"Written: {path}")
+
+
+def _open_loop(measured: Measured, out: Path) -> None:
+    error = error_by_step(measured.model_env, measured.trajectories, measured.arguments.horizon)
+    print(f"{'step':>4} {'error':>8} {'std':>8} {'in 1 std':>8} {'in 2 std':>8} {'R2':>8} {'reward R2':>9}")
+    varies, r2 = error.varies(), error.r2()
+    for row, step in enumerate(error.steps):
+        inside = [share[row, 1:][varies].mean().item() for share in error.inside]
+        numbers = [error.relative()[row].item(), error.relative("std")[row].item(), *inside]
+        median = r2[row, 1:][varies].nanmedian().item()
+        print(f"{step:>4} " + " ".join(f"{number:>8.3f}" for number in [*numbers, median]) + f" {r2[row, 0].item():>9.3f}")
+    _save(figures.plot_error(error), out / "open_loop.png")
+    _save(figures.plot_dimensions(error), out / "dimensions.png")
+    _save(figures.plot_replay(replay(measured.model_env, measured.longest), measured.columns), out / "replay.png")
+
+
+def _exploitation(measured: Measured, out: Path) -> None:
+    result = measured.returns()
+    print(
+        f"Return of {measured.arguments.return_horizon} steps from {len(result.real)} states: {result.real.mean():.4g} in the "
+        f"environment, {result.model.mean():.4g} under the model, correlation {result.correlation():.3f}"
+    )
+    _save(figures.plot_returns(result), out / "exploitation.png")
+
+
+def _policy_shift(measured: Measured, out: Path) -> None:
+    shift = measured.policy_shift()
+    print(f"{'policy':>6} {'KL':>9} {'shift':>6} " + " ".join(f"{f'error, {size:,}':>13}" for size in shift.data_sizes))
+    for i, (kl, distance) in enumerate(zip(shift.kl, shift.shift, strict=True)):
+        print(f"{i:>6} {kl:>9.4f} {distance:>6.3f} " + " ".join(f"{errors[i]:>13.4f}" for errors in shift.rmse))
+    slopes = ", ".join(f"{slope:.3f} ({size:,})" for size, slope in zip(shift.data_sizes, shift.slopes(), strict=True))
+    print(f"d error / d policy shift: {slopes}")
+    _save(figures.plot_policy_shift(shift), out / "policy_shift.png")
+
+
+def _report(measured: Measured, out: Path) -> None:
+    agent, arguments = measured.agent, measured.arguments
+    findings, sections = [], []
+    print("Model error")
+    found, section = report.of_error(agent, error_by_step(measured.model_env, measured.trajectories, arguments.horizon))
+    findings += found
+    sections += [section, report.of_replay(replay(measured.model_env, measured.longest), measured.columns)]
+    print("Returns under the model")
+    left_out = []
+    try:
+        found, section = report.of_returns(measured.returns(), arguments.return_horizon)
+        findings += found
+        sections.append(section)
+    except ValueError as error:
+        left_out.append(report.Finding("Does the policy exploit the model?", "not measured", str(error)))
+    print("Values")
+    try:
+        found, section = report.of_values(value_check(agent, measured.trajectories))
+        findings += found
+        sections.append(section)
+    except ValueError as error:
+        left_out.append(report.Finding("Are Q-values right?", "not measured", str(error)))
+    if arguments.replay_buffer is not None or arguments.later:
+        print("Policy shift")
+        found, section = report.of_shift(measured.policy_shift(), agent.gamma)
+        findings += found
+        sections.append(section)
+    else:
+        left_out.append(report.Finding("What does the paper's bound say?", "not measured", "It needs --replay-buffer."))
+    path = out / "report.html"
+    report.write_report(path, agent, arguments.env, [*findings, *left_out], sections)
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""All diagnostics of a trained agent as one page of HTML that needs nothing else."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jinja2
+import numpy as np
+
+from sb3_mbpo import __version__
+from sb3_mbpo.buffers import n_transitions
+from sb3_mbpo.checkpoints import atomic_file
+from sb3_mbpo.diagnostics import figures
+from sb3_mbpo.diagnostics.exploitation import Returns
+from sb3_mbpo.diagnostics.open_loop import Replay
+from sb3_mbpo.diagnostics.policy_shift import PolicyShift
+from sb3_mbpo.diagnostics.values import ValueCheck
+from sb3_mbpo.dynamics.open_loop import OpenLoopError
+from sb3_mbpo.schedules import AUTO_TOLERANCE, auto_rollout_length
+from sb3_mbpo.theory import optimal_rollout_length
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sb3_mbpo.mbpo import MBPO
+
+
+class Finding(NamedTuple):
+    """A line of the summary."""
+
+    question: str
+    measured: str
+    verdict: str
+
+
+class Picture(NamedTuple):
+    """A figure as it lies in the page."""
+
+    alt: str
+    data: str
+
+
+class Section(NamedTuple):
+    """One of the diagnostics: what was found, and how it was measured."""
+
+    title: str
+    paragraphs: list[str]
+    how: str
+    figures: list[Picture]
+
+
+def as_picture(figure: "Figure", alt: str) -> Picture:
+    """
+    :param figure: Any
+    :param alt: What it shows, for those who do not see it
+    :return: The figure as SVG, in the page itself
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return Picture(alt, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
+
+
+def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Section]:
+    """
+    :param agent: Whose model
+    :param error: By step of a rollout
+    :return: Findings and section
+    """
+    r2, relative, varies = error.r2(), error.relative(), error.varies()
+    explained = np.nanmedian(r2[0, 1:][varies].cpu().numpy())
+    if explained < 0:
+        verdict = "Worse than a constant: the model knows nothing of these transitions. Do not train on it."
+    elif explained < 0.5:
+        verdict = "The model explains less than half. More data, or longer trainings of the model, are needed."
+    elif explained < 0.95:
+        verdict = "The model is usable for short rollouts."
+    else:
+        verdict = "One step of the model is nearly right."
+    trusted = auto_rollout_length(relative.tolist(), len(relative))
+    k = agent.rollout_length
+    if relative[0] > AUTO_TOLERANCE:
+        length = f"Even one step is off by more than {AUTO_TOLERANCE:g} standard deviations; rollouts have {k}."
+    elif k > trusted:
+        length = f"Rollouts of {k} steps go further than the model is right for: shorten `rollout_schedule`."
+    else:
+        length = f"Rollouts of {k} steps stay within that."
+    one, two = (inside[0, 1:][varies].mean().item() for inside in error.inside)
+    if one < 0.55:
+        calibration = "Overconfident: the truth lies outside the bands too often."
+    elif one > 0.85:
+        calibration = "The bands are wider than they need to be."
+    else:
+        calibration = "The model knows what it does not know."
+    findings = [
+        Finding("Does the model know what happens next?", f"median R² {explained:.2f}", verdict),
+        Finding("Does it know the reward?", f"R² {r2[0, 0].item():.2f}", "1 is perfect, 0 is a constant."),
+        Finding("For how many steps is it right?", f"{trusted if relative[0] <= AUTO_TOLERANCE else 0}", length),
+        Finding(
+            "Are its error bars right?",
+            f"{one:.0%} / {two:.0%}",
+            f"Of the truth within 1 / 2 std (68 % / 95 %). {calibration}",
+        ),
+    ]
+    worst = r2[0, 1:].nan_to_num(nan=1).argmin()
+    section = Section(
+        "Model error by step of a rollout",
+        [
+            f"After one step the model is off by {relative[0]:.3f} standard deviations of the real observations on average, "
+            f"after {error.steps[-1]} steps by {relative[-1]:.3f}.",
+            f"It knows least of obs[{worst}]: R² {r2[0, 1 + worst]:.2f} after one step.",
+        ],
+        f"{int(error.n_windows[0])} starts along fresh real trajectories that the model was not trained on; the recorded "
+        "actions; each step an elite drawn at random and a sample from its Gaussian. R²: share of the variance of "
+        f'the change since the start. "Right": an error of at most {AUTO_TOLERANCE:g} standard deviations.',
+        [
+            as_picture(figures.plot_error(error), "Model error, predicted standard deviation and calibration by step"),
+            as_picture(figures.plot_dimensions(error), "R squared of each dimension"),
+        ],
+    )
+    return findings, section
+
+
+def of_replay(replayed: Replay, columns: Sequence[int]) -> Section:
+    """
+    :param replayed: A real action sequence under the model
+    :param columns: Which to show
+    :return: Section
+    """
+    inside = ((replayed.real - replayed.mean).abs() <= replayed.std).float().mean(dim=1)
+    return Section(
+        "The same actions under the model",
+        [f"Of the truth, {inside.mean():.0%} lies within one standard deviation of the mean, over all {len(inside)} steps."],
+        "Paper, Figure 4 a and b: the actions of one real episode, many times under the model from the same first state. "
+        "Nothing ends the model's trajectories, and axes are limited to what is near the truth.",
+        [as_picture(figures.plot_replay(replayed, columns), "A real action sequence in the environment and under the model")],
+    )
+
+
+def of_returns(measured: Returns, horizon: int) -> tuple[list[Finding], Section]:
+    """
+    :param measured: Under the model and in the environment
+    :param horizon: Steps of a return
+    :return: Findings and section
+    """
+    gap = float((measured.model - measured.real).mean())
+    size = max(float(np.abs(measured.real).mean()), 1e-8)
+    if gap > 0.2 * size:
+        verdict = "The model promises more than the environment gives: the policy may exploit its errors."
+    elif gap < -0.2 * size:
+        verdict = "The model promises less than the environment gives."
+    else:
+        verdict = "The model promises about what the environment gives."
+    finding = Finding("Does the policy exploit the model?", f"{gap / size:+.0%}", verdict)
+    correlation = measured.correlation()
+    known = "does not exist, as returns do not vary" if np.isnan(correlation) else f"is {correlation:.2f}"
+    section = Section(
+        "Returns under the model and in the environment",
+        [
+            f"From {len(measured.real)} states, {horizon} steps: {measured.real.mean():.4g} on average in the environment, "
+            f"{measured.model.mean():.4g} under the model. The correlation over the states {known}."
+        ],
+        "Paper, Figure 4 c: the same stochastic policy from the same states; real returns from fresh trajectories. Terminal "
+        "transitions end both.",
+        [as_picture(figures.plot_returns(measured), "Returns under the model beside returns in the environment")],
+    )
+    return [finding], section
+
+
+def of_values(check: ValueCheck) -> tuple[list[Finding], Section]:
+    """
+    :param check: Q-values and returns
+    :return: Findings and section
+    """
+    bias = check.relative_bias()
+    verdict = "Q-values are about right."
+    if bias > 0.5:
+        verdict = "The critics overestimate: training may collapse. Fewer updates per step, or a better model, help."
+    elif bias < -0.5:
+        verdict = "The critics underestimate, which is safe, but slow."
+    q_model = f" Q-values of generated transitions are {check.q_model.mean():.4g} on average." if len(check.q_model) else ""
+    section = Section(
+        "Values",
+        [f"Q-values are {check.q_real.mean():.4g} on average, the returns that came {check.returns.mean():.4g}.{q_model}"],
+        "Q of the lowest critic for the actions that were taken, beside the soft discounted return of the rest of the "
+        "episode. Units are those that the critics learn.",
+        [as_picture(figures.plot_values(check), "Q-values beside returns, and their distributions")],
+    )
+    return [Finding("Are Q-values right?", f"{bias:+.0%} of the returns", verdict)], section
+
+
+def of_shift(shift: PolicyShift, gamma: float) -> tuple[list[Finding], Section]:
+    """
+    :param shift: Errors under other policies
+    :param gamma: Discount
+    :return: Findings and section
+    """
+    slopes, size = shift.slopes("model_error"), shift.data_sizes[-1]
+    best = optimal_rollout_length(min(shift.model_error[-1, -1], 1), shift.shift[-1], gamma)
+    finding = Finding(
+        "What does the paper's bound say?",
+        f"k* = {best:g}",
+        f"Theorem 4.3 with the error under the last of the policies ({shift.model_error[-1, -1]:.2f}) and its shift "
+        f"({shift.shift[-1]:.2f}), total variation. Its constants are pessimistic: 0 is the rule.",
+    )
+    section = Section(
+        "Policies that move away from the data",
+        [
+            f"A model of {size:,} transitions of the present policy: error {shift.rmse[-1, 0]:.3f} on its own new data, "
+            f"{shift.rmse[-1, -1]:.3f} on those of the last policy, in standard deviations of the changes.",
+            "d model error / d policy shift, both as total variation: "
+            + ", ".join(f"{slope:.2f} ({n:,})" for n, slope in zip(shift.data_sizes, slopes, strict=True))
+            + ".",
+        ],
+        "Paper, Figure 1: models trained on data of one policy only, measured on fresh data of others. The divergence is "
+        "the mean over their states; total variation by Pinsker's inequality; for the model by the likelihood of new data "
+        "beside that of those it was trained on, a surrogate.",
+        [as_picture(figures.plot_policy_shift(shift), "Model error beside the divergence of the policy, and its slope")],
+    )
+    return [finding], section
+
+
+def write_report(
+    path: str | Path, agent: "MBPO", env_id: str, findings: Sequence[Finding], sections: Sequence[Section]
+) -> None:
+    """
+    Write the page, in one step: an older one is replaced when it is complete.
+
+    :param path: Where
+    :param agent: Whose report it is
+    :param env_id: Name of the environment
+    :param findings: The summary
+    :param sections: The rest
+    """
+    assert agent.replay_buffer is not None
+    facts = [
+        ("Environment", env_id),
+        ("Steps", f"{agent.lifetime_timesteps:,}, model last trained at {agent.last_model_training:,}"),
+        ("Ensemble", f"{agent.num_elites} elites of {agent.ensemble_size}, hidden layers {list(agent.model_hidden_sizes)}"),
+        ("Rollouts", f"k = {agent.rollout_length} now, schedule {agent.rollout_schedule}, real ratio {agent.real_ratio}"),
+        ("Replay buffer", f"{n_transitions(agent.replay_buffer):,} transitions"),
+        ("Made by", f"sb3_mbpo {__version__}"),
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sb3_mbpo.diagnostics", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html").render(
+        title=f"Is the model good enough? {env_id}", facts=facts, findings=findings, sections=sections
+    )
+    with atomic_file(path, "html") as file:
+        file.write(page.encode())
