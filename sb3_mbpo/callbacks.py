@@ -143,7 +143,8 @@ class DynamicsCallback(BaseCallback):
             transitions = self.real.update(agent.replay_buffer, now - self.last_update)
             self.last_update = now
             if retrain:
-                self._measure_model(transitions)
+                if is_fitted:
+                    self._measure_model(transitions)
                 self._train_model(transitions)
                 agent.last_model_training = now
             self._generate_rollouts(transitions)

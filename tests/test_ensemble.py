@@ -1,5 +1,6 @@
 """The networks and their training, against computations that share no code with them."""
 
+import math
 from copy import deepcopy
 
 import numpy as np
@@ -26,6 +27,31 @@ def constant_ensemble(obs_dim, action_dim, means, log_var=-30.0, n_elites=None):
         ensemble.min_log_var.fill_(-40.0)
         ensemble.biases[-1][:, :, : 1 + obs_dim] = th.tensor(means)[:, None, None]
         ensemble.biases[-1][:, :, 1 + obs_dim :] = log_var
+    return ensemble
+
+
+def linear_ensemble(matrix, sigma, drift=None):
+    """
+    An ensemble that predicts ``matrix.T @ (obs, action) + drift`` with standard deviation ``sigma``: far from 0, SiLU is a
+    straight line.
+
+    :param matrix: ``(obs_dim + action_dim, 1 + obs_dim)``, the reward first
+    """
+    matrix, far = th.as_tensor(matrix, dtype=th.float32), 50.0
+    n_in, n_out = matrix.shape
+    drift = th.zeros(n_out) if drift is None else th.as_tensor(drift, dtype=th.float32)
+    ensemble = Ensemble(n_out - 1, n_in - n_out + 1, [n_in], n_members=3, n_elites=2, learning_rate=1e-3)
+    with th.no_grad():
+        for parameter, value in (
+            (ensemble.weights[0], th.eye(n_in)),
+            (ensemble.biases[0], th.tensor(far)),
+            (ensemble.weights[1], th.cat([matrix, th.zeros_like(matrix)], dim=1)),
+            (ensemble.biases[1], th.cat([drift - far * matrix.sum(dim=0), th.full((n_out,), 1e3)])),
+            (ensemble.max_log_var, th.tensor(2 * math.log(sigma))),
+            (ensemble.min_log_var, th.tensor(-100.0)),
+        ):
+            parameter.copy_(value.expand_as(parameter))
+        ensemble.n_fits += 1
     return ensemble
 
 

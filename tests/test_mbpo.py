@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo import MBPO, MlpPolicy, buffers, model_env
 from sb3_mbpo.callbacks import DynamicsCallback
-from sb3_mbpo.dynamics import training
+from sb3_mbpo.dynamics import open_loop, training
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from tests.agents import SMALL, make_agent
 from tests.envs import CountingEnv, PointEnv
@@ -518,3 +518,18 @@ def test_a_replay_buffer_of_the_users_own(real_ratio):
     batches = agent.mixed_buffer.sample_batches(4, 32)
     assert batches.rewards.shape == (4, 32, 1) and agent.replay_buffer.n_batches == 9
     assert hasattr(agent.mixed_buffer.sample(32), "weights") == (real_ratio == 1)
+
+
+def test_auto_schedule(monkeypatch, events, tmp_path):
+    """Rollouts grow with what the model is right for, shrink at once, and the length is the agent's."""
+    errors = iter([0.01, 0.01, 0.5, 0.01, 0.01])
+    nothing = open_loop.OpenLoopError(*[None] * 7)
+    monkeypatch.setattr("sb3_mbpo.callbacks.LiveDiagnostics.before_training", lambda *args: nothing)
+    monkeypatch.setattr(open_loop.OpenLoopError, "relative", lambda self: th.full((25,), next(errors)))
+    agent = make_agent(rollout_schedule="auto", gradient_steps=0, model_train_freq=20).learn(145)
+    # Trained at 61, 81, 101, 121 and 141; 1,000 / 20 * 100 rollouts have room
+    assert [size // 5_000 for kind, _, size in events if kind == "rollouts"] == [1, 2, 3, 1, 2]
+    assert agent.rollout_length == 2 and len(agent.model_buffer.rewards) == 25 * 5_000
+    agent.save(tmp_path / "agent")
+    loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    assert loaded.rollout_schedule == "auto" and loaded.rollout_length == 2

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_mbpo.schedules import check_rollout_schedule, rollout_length
+from sb3_mbpo.schedules import auto_rollout_length, check_rollout_schedule, longest_rollout, rollout_length
 
 HOPPER = (20_000, 100_000, 1, 15)
 
@@ -68,3 +68,41 @@ def test_malformed(schedule):
     with pytest.raises(ValueError, match="rollout_schedule") as error:
         check_rollout_schedule(schedule)
     assert repr(schedule) in str(error.value) and "k_min <= k_max" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "errors, previous, expected",
+    [
+        ([0.05, 0.08, 0.11, 0.05], 5, 2),
+        ([0.1, 0.1, 0.1], 5, 3),
+        # One step at least
+        ([0.2, 0.05], 5, 1),
+        ([], 5, 1),
+        # One more than before at most, and never more than the paper's longest
+        ([0.01] * 25, 5, 6),
+        ([0.01] * 40, 25, 25),
+        ([0.01] * 40, 1, 2),
+        ([np.inf, 0.01], 3, 1),
+        ([np.nan, 0.01], 3, 1),
+    ],
+)
+def test_auto_goes_as_far_as_the_model_is_right(errors, previous, expected):
+    assert auto_rollout_length(errors, previous) == expected
+
+
+@given(st.lists(st.floats(0, 1), max_size=40), st.integers(1, 25))
+def test_auto_invariants(errors, previous):
+    k = auto_rollout_length(errors, previous)
+    assert 1 <= k <= min(previous + 1, 25)
+    # A better model is never trusted less
+    assert auto_rollout_length([error / 2 for error in errors], previous) >= k
+
+
+def test_longest_rollout():
+    assert longest_rollout(HOPPER) == 15 and longest_rollout("auto") == 25
+
+
+@pytest.mark.parametrize("schedule", ["Auto", "", "15"])
+def test_other_words_are_refused(schedule):
+    with pytest.raises(ValueError, match="must be 'auto', or a list or tuple"):
+        check_rollout_schedule(schedule)

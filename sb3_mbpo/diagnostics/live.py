@@ -61,14 +61,14 @@ class LiveDiagnostics:
         """
         :param transitions: All real transitions, the same as the model is trained on next
         :param horizon: Up to which step of a rollout
-        :return: Errors at all steps up to the horizon that were reached; None if the model is not trained yet, or if there
-            is nothing that it has not been trained on
+        :return: Errors of the trained model at all steps up to the horizon that were reached; None if there is nothing that it
+            has not been trained on
         """
         agent = self.agent
         assert agent.replay_buffer is not None
         n_new = agent.lifetime_timesteps - agent.last_model_training
         recent = recent_trajectories(agent.replay_buffer, n_new, agent.device)
-        if not agent.dynamics.is_fitted or not recent:
+        if not recent:
             return None
         error = open_loop_error(
             agent.dynamics,
