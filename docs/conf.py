@@ -14,5 +14,6 @@ autodoc_member_order = "bysource"
 
 html_theme = "furo"
 html_title = f"sb3_mbpo {release}"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]

@@ -344,21 +344,22 @@ def test_every_argument_has_its_section() -> None:
 
 def test_the_papers_values_are_those_of_the_zoo() -> None:
     hyperparams = yaml.safe_load((ROOT / "hyperparams/mbpo.yml").read_text())
-    table = text_of("docs/hyperparameters.md").split("| Task |")[1].split("\n\n")[0]
+    text = text_of("docs/hyperparameters.md")
+    table = text.split("| Task |")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert len(rows) == 7
-    for task, n_steps, gradient_steps, target_entropy, rollout_schedule, others in rows:
+    for task, n_steps, gradient_steps, target_entropy, rollout_schedule in rows:
         found: dict[str, Any] = {
             "gradient_steps": int(gradient_steps),
             "target_entropy": float(target_entropy),
             "rollout_schedule": [int(number) for number in rollout_schedule.split(", ")],
         }
-        for name, value in re.findall(r"`(\w+)` ([\d, ]+)", others):
+        others = re.search(rf"^- {task}: (.+\n(?:  .+\n)*)", text, re.MULTILINE)
+        for name, value in re.findall(r"`(\w+)` (\d[\d, ]*)", others[1] if others is not None else ""):
             numbers = [int(number) for number in value.split(", ")]
             found[name] = numbers if len(numbers) > 1 else numbers[0]
-        name = task.split(",")[0]
-        entry = hyperparams[f"{name}-v5"]
+        entry = hyperparams[f"{task}-v5"]
         # RL Zoo's training of the first one is shorter, as it needs no more
-        steps = 20_000 if name == "InvertedPendulum" else entry["n_timesteps"]
+        steps = 20_000 if task == "InvertedPendulum" else entry["n_timesteps"]
         assert {key: entry[key] for key in entry if key not in ("policy", "n_timesteps", "env_kwargs")} == found
         assert int(n_steps.replace(",", "")) == steps
