@@ -77,6 +77,8 @@ ALWAYS = {
 }
 
 pytestmark = [
+    # What is recommended must not be warned of
+    pytest.mark.filterwarnings("error::UserWarning"),
     # Of modules of the zoo that are run as scripts, and of its progress bar
     pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:rich is experimental"),
@@ -267,11 +269,12 @@ def test_blocks(page: str, reader_of: Callable[[str], Reader]) -> None:
         *('```bash\npip install ".[nonsense]"\n```', "```bash\npip install -c nonsense.txt .\n```"),
         *("```yaml\na: 1\n```", "```yaml\n# unused.yml\na: 1\n```"),
         *("```python\n1 / 0\n```", "```{code-block} python\n1 / 0\n```"),
+        '```python\nimport warnings\nwarnings.warn("No!")\n```',
     ],
 )
 def test_what_is_wrong_or_not_covered_fails(block: str, reader_of: Callable[[str], Reader], tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(block + "\n")
-    with pytest.raises((AssertionError, ZeroDivisionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, ZeroDivisionError, UserWarning, pytest.fail.Exception)):
         reader_of(str(tmp_path / "page.md")).read()
 
 
@@ -333,7 +336,9 @@ def test_every_argument_has_its_section() -> None:
     names = [name for heading, _ in sections for name in heading.split(", ")]
     assert set(names) == own | {"gradient_steps", "learning_starts", "target_entropy", "batch_size"}
     for heading, body in sections:
-        assert "\n- **Costs** " in body and "\n- **Risks** " in body, heading
+        costs, risks = body.partition("\n- **Risks** ")[::2]
+        # The latter with the key of the log that shows it
+        assert "\n- **Costs** " in costs and re.search(r"`(model|train|rollout)/", risks), heading
         defaults = re.match(r"Default ((?:`[^`]+`|[^\s:]+)(?: and \d+)?)", body)
         assert defaults is not None, heading
         values = [value.strip("`.,") for value in defaults[1].split(" and ")]
