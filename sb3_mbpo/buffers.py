@@ -101,6 +101,7 @@ def relabelled(transitions: Transitions, replay_buffer: HerReplayBuffer) -> Tran
     :param transitions: All of the buffer, as :func:`real_transitions` returns them; not changed
     :param replay_buffer: SB3's, which chooses the goals
     :return: The same transitions, with other goals and rewards
+    :raises ValueError: if a reward is not finite
     """
     is_over = replay_buffer.ep_length[: replay_buffer.size()] > 0
     rows, envs = np.nonzero(is_over & (np.random.random(is_over.shape) < replay_buffer.her_ratio))
@@ -112,6 +113,13 @@ def relabelled(transitions: Transitions, replay_buffer: HerReplayBuffer) -> Tran
     obs[index] = flatten(virtual.observations).to(obs)
     next_obs[index] = flatten(virtual.next_observations).to(next_obs)
     rewards[index] = virtual.rewards.squeeze(1).to(rewards)
+    if not th.isfinite(rewards).all():
+        row = int((~th.isfinite(rewards)).nonzero()[0])
+        raise ValueError(
+            f"`compute_reward` of the environment must return finite numbers, but returned {rewards[row].item()} for another "
+            f"goal of transition {row}, obs {obs[row].tolist()}, next_obs {next_obs[row].tolist()} (the parts of the "
+            "observation one after the other)"
+        )
     return transitions._replace(obs=obs, next_obs=next_obs, rewards=rewards)
 
 

@@ -17,6 +17,8 @@ from sb3_mbpo import __version__
 
 # What only an agent of MBPO has in its zip
 OWN_ENTRY = "dynamics.pth"
+# Arguments that decide the shapes of what is saved
+SIZES = ("ensemble_size", "model_hidden_sizes", "num_elites", "policy_kwargs")
 
 
 @contextmanager
@@ -131,11 +133,17 @@ def explained(file: str, saved: dict[str, Any], given: dict[str, Any]) -> Iterat
     """
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"What is saved in {file} needs the module {error.name!r}, which cannot be imported: start Python where it lies, "
+            "or pass `custom_objects` with something in place of what is from there, for instance "
+            "`custom_objects={'termination_fn': None}`."
+        ) from error
     except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, ImportError) as error:
         # SB3 looks for a DQN where names do not match, and fails at it
         reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
         version = saved.get("sb3_mbpo_version", "(unknown version)")
-        changed = sorted(name for name, value in given.items() if _is_changed(saved.get(name), value))
+        changed = [name for name in SIZES if name in given and _is_changed(saved.get(name), given[name])]
         with_changes = f", with {', '.join(changed)} changed (sizes of networks must be as saved)" if changed else ""
         raise ValueError(
             f"The agent in {file}, saved by sb3_mbpo {version}, cannot be put together by sb3_mbpo {__version__}"

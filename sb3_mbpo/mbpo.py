@@ -298,6 +298,20 @@ class MBPO(SAC):
             room, gigabytes = len(self.model_buffer.rewards), self.model_buffer.n_bytes / 1e9
             print(f"Model buffer: room for {room:,} generated transitions, {gigabytes:.2f} GB when it is full")
 
+    def _check_sizes(self) -> None:
+        """
+        :raises ValueError: if an argument was changed to which the networks of the model were made
+        """
+        hidden = [weight.shape[2] for weight in self.dynamics.weights[:-1]]
+        members, elites = self.dynamics.n_members, len(self.dynamics.elites)
+        for name, size in {"ensemble_size": members, "num_elites": elites, "model_hidden_sizes": hidden}.items():
+            value = getattr(self, name)
+            if (list(value) if name == "model_hidden_sizes" else value) != size:
+                raise ValueError(
+                    f"`{name}` was changed to {value!r}, but the model was made with {size!r} and cannot be changed: make a "
+                    f"new agent, or set it back to {size!r}"
+                )
+
     def _make_model_buffer(self) -> ModelReplayBuffer:
         """For rollouts of the present length, with room for the longest to come."""
         assert isinstance(self.action_space, spaces.Box)
@@ -519,6 +533,7 @@ class MBPO(SAC):
     ) -> tuple[int, BaseCallback]:
         # Attributes may have been changed, and a replay buffer may have been loaded, since they were checked
         self._check_arguments()
+        self._check_sizes()
         assert self.replay_buffer is not None
         check_finite(self.replay_buffer)
         steps = self.num_timesteps
@@ -570,7 +585,9 @@ class MBPO(SAC):
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
+        :raises ValueError: if an attribute was changed to which the networks of the model were made: it could not be loaded
         """
+        self._check_sizes()
         self.sb3_mbpo_version = __version__
         with atomic_file(path, "zip") if isinstance(path, str | Path) else nullcontext(path) as file:
             super().save(file, exclude, include)  # type: ignore[arg-type]

@@ -319,6 +319,38 @@ def test_sizes_cannot_be_changed_at_loading(saved, changes):
         MBPO.load(saved, **changes)
 
 
+@pytest.mark.parametrize("changes", [dict(ensemble_size=5), dict(model_hidden_sizes=[8, 8]), dict(num_elites=1)], ids=str)
+def test_sizes_cannot_be_changed_later(tmp_path, changes):
+    """What was saved then could not be loaded."""
+    agent = make_agent()
+    name, value = next(iter(changes.items()))
+    before = getattr(agent, name)
+    setattr(agent, name, value)
+    for do in (lambda: agent.save(tmp_path / "agent"), lambda: agent.learn(1)):
+        with pytest.raises(ValueError, match=rf"`{name}` was changed to .*, but the model was made with"):
+            do()
+    assert list(tmp_path.iterdir()) == []
+    # A tuple is as good as a list
+    setattr(agent, name, tuple(before) if isinstance(before, list) else before)
+    agent.save(tmp_path / "agent")
+
+
+def test_module_that_is_missing_at_loading(tmp_path):
+    """A function of the user's script, which lies elsewhere."""
+    (tmp_path / "terminations.py").write_text("def never(obs, action, next_obs):\n    return next_obs[:, 0] > 1e9\n")
+    code = (
+        "from terminations import never\nfrom tests.agents import make_agent\nmake_agent(termination_fn=never).save('agent')"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    with pytest.raises(
+        ValueError, match=r"agent needs the module 'terminations', which.*custom_objects=\{'termination_fn': None\}"
+    ):
+        MBPO.load(tmp_path / "agent")
+    # The advice is good
+    assert MBPO.load(tmp_path / "agent", custom_objects={"termination_fn": None}).termination_fn is None
+
+
 def test_zip_of_sac(tmp_path, agent):
     sac = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [16]}, buffer_size=10, device="cpu")
     sac.save(tmp_path / "sac.zip")

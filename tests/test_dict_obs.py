@@ -377,3 +377,15 @@ def test_rewards_of_goals_are_checked():
 
     with pytest.raises(ValueError, match=r"`compute_reward` of the environment must return 100 finite numbers"):
         make_agent(Faulty(), **HER).learn(70)
+
+
+def test_rewards_of_relabelled_goals_are_checked():
+    class Env(GoalEnv):
+        def compute_reward(self, achieved_goal, desired_goal, info):
+            rewards = super().compute_reward(achieved_goal, desired_goal, info)
+            return np.full_like(rewards, np.nan) if np.ndim(rewards) > 0 else rewards
+
+    with pytest.raises(
+        ValueError, match=r"`compute_reward` of the environment must return finite numbers.*another goal of tr"
+    ):
+        make_agent(Env(), gradient_steps=0, **HER).learn(100)
