@@ -18,6 +18,14 @@ ZOO = [
     "rich",
 ]
 
+DOCS = [
+    # The reference of the search space imports it
+    "optuna",
+    "sphinx>=8.1",
+    "furo",
+    "myst-parser>=4",
+]
+
 
 class BuildWithStartupFiles(build_py):
     """Put the start-up files into the root of the wheel, also of the wheel of an editable install (PEP 660)."""
@@ -66,9 +74,13 @@ setup(
         "zoo": ZOO,
         "demo": ["gymnasium[mujoco]", "matplotlib", "tqdm", "rich"],
         "benchmarks": ["gymnasium[mujoco]", "sbx-rl>=0.20", "rich"],
-        "docs": ["sphinx", "sphinx-rtd-theme"],
+        "docs": DOCS,
         "tests": [
             *ZOO,
+            *DOCS,
+            # Finds the blocks of code in the documentation
+            "markdown-it-py>=3",
+            "packaging",
             # The zoo's plots
             "seaborn",
             "scipy",

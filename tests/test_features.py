@@ -1,4 +1,4 @@
-"""SB3's SAC and MBPO side by side: arguments, spaces, wrappers, errors and seeds. docs/features.rst names these tests."""
+"""SB3's SAC and MBPO side by side: arguments, spaces, wrappers, errors and seeds. docs/features.md names these tests."""
 
 import re
 from contextlib import nullcontext
@@ -650,14 +650,14 @@ def test_extractor_of_flat_observations_is_compiled_with_the_rest():
 
 
 def test_the_table_names_tests_that_there_are():
-    """docs/features.rst: letters stand for files, brackets and braces for a feature that is tested here."""
+    """docs/features.md: letters stand for files, brackets and braces for a feature that is tested here."""
     root = Path(__file__).parent.parent
-    text = (root / "docs" / "features.rst").read_text()
-    paths = {letter: root / path for path, letter in re.findall(r"``(tests/\w+\.py)``\s\((\w)\)", text)}
+    text = (root / "docs" / "features.md").read_text()
+    paths = {letter: root / path for path, letter in re.findall(r"`(tests/\w+\.py)`\s\((\w)\)", text)}
     tests = {letter: re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE) for letter, path in paths.items()}
-    named = re.findall(r"\b([A-Z])\s+((?:``test_\w+``,?\s+)+)", text + " ")
+    named = re.findall(r"\b([A-Z])\s+((?:`test_\w+`,?\s+)+)", text + " ")
     assert len(paths) == 14 and len(named) > 60
     for letter, names in named:
         assert set(re.findall(r"test_\w+", names)) <= set(tests[letter]), (letter, names)
-    assert set(re.findall(r"``\[([^\]]+)\]``", text)) - {"name"} <= set(FEATURES)
-    assert set(re.findall(r"``\{([^}]+)\}``", text)) - {"name"} == set(REFUSED)
+    assert set(re.findall(r"`\[([^\]]+)\]`", text)) - {"name"} <= set(FEATURES)
+    assert set(re.findall(r"`\{([^}]+)\}`", text)) - {"name"} == set(REFUSED)
