@@ -26,6 +26,8 @@ DOCS = [
     "myst-parser>=4",
 ]
 
+DIAGNOSTICS = ["gymnasium[mujoco]", "jinja2", "matplotlib", "tensorboard"]
+
 
 class BuildWithStartupFiles(build_py):
     """Put the start-up files into the root of the wheel, also of the wheel of an editable install (PEP 660)."""
@@ -60,7 +62,7 @@ setup(
     # The hyperparameters lie at the top of the repository, as in RL Zoo, but are installed inside the package
     packages=[*find_packages(include=["sb3_mbpo", "sb3_mbpo.*"]), "sb3_mbpo.hyperparams"],
     package_dir={"sb3_mbpo.hyperparams": "hyperparams"},
-    package_data={"sb3_mbpo": ["py.typed", "version.txt"], "sb3_mbpo.hyperparams": ["*.yml"]},
+    package_data={"sb3_mbpo": ["py.typed", "version.txt", "diagnostics/report.html"], "sb3_mbpo.hyperparams": ["*.yml"]},
     cmdclass={"build_py": BuildWithStartupFiles},
     python_requires=">=3.10",
     install_requires=[
@@ -72,12 +74,16 @@ setup(
     ],
     extras_require={
         "zoo": ZOO,
+        "diagnostics": DIAGNOSTICS,
         "demo": ["gymnasium[mujoco]", "matplotlib", "tqdm", "rich"],
         "benchmarks": ["gymnasium[mujoco]", "sbx-rl>=0.20", "rich"],
         "docs": DOCS,
         "tests": [
             *ZOO,
             *DOCS,
+            *DIAGNOSTICS,
+            # Opens the report in a browser
+            "playwright",
             # Finds the blocks of code in the documentation
             "markdown-it-py>=3",
             "packaging",

@@ -13,6 +13,7 @@ KEYS = {
     *("model/train_loss", "model/holdout_mse", "model/epochs", "model/training_seconds", "model/termination_mismatch"),
     *("model/model_buffer_gb", "model/compiled", "train/compiled", "time/compile_seconds"),
     *("model/rollout_length", "model/rollout_length_mean", "model/model_buffer_size", "model/real_buffer_size"),
+    *(f"open_loop/{kind}_1" for kind in ("error", "std", "inside_1_sigma", "inside_2_sigma", "r2", "reward_r2")),
     *("time/env_seconds", "time/model_seconds", "time/rollouts_seconds", "time/updates_seconds"),
 }
 

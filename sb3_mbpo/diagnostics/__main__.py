@@ -68,7 +68,7 @@ class Measured:
         self.arguments = arguments
         set_random_seed(arguments.seed)
         self.env = self._make_env()
-        self.agent = MBPO.load(arguments.agent, env=self.env)
+        self.agent = MBPO.load(arguments.agent, env=self.env, verbose=0)
         if not self.agent.dynamics.is_fitted:
             raise ValueError(f"The model of {arguments.agent} has not been trained yet")
         if arguments.replay_buffer is not None:
@@ -102,7 +102,7 @@ class Measured:
         arguments = self.arguments
         if arguments.replay_buffer is None and not arguments.later:
             raise ValueError("policy-shift needs --replay-buffer, to train the policy further, or --later")
-        policies = [MBPO.load(path, env=self.env) for path in arguments.later] or continued(self.model_env)
+        policies = [MBPO.load(path, env=self.env, verbose=0) for path in arguments.later] or continued(self.model_env)
         n_more = max(arguments.data_sizes) - sum(len(trajectory.obs) for trajectory in self.trajectories)
         more = collect(self.agent, self.env, n_more) if n_more > 0 else []
         data = Transitions(*map(th.cat, zip(*self.trajectories, *more, strict=True)))
