@@ -5,8 +5,8 @@ A page is a test. Its blocks run from top to bottom, as a reader would type them
 namespace. A block that no rule here covers fails.
 
 - Python is executed.
-- Of bash, ``python -c``, the example and the scripts of RL Zoo are executed; the latter inside this process, after the
-  registration that the start-up file would have caused (tests/test_packaging.py has the real one). **Only checked** are
+- Of bash, ``python -c``, the example, the diagnostics and the scripts of RL Zoo are executed; the latter two inside this
+  process, after the registration that the start-up file would have caused (tests/test_packaging.py has the real one). **Only checked** are
   installations (``pip install``: that the extras and the files exist; ``python -m venv``), and ``pytest``, ``make`` and the
   benchmark, which tests/test_benchmarks.py runs (that options and targets exist).
 - YAML names its file in its first line. It is written there, and a later command must use it.
@@ -39,6 +39,7 @@ from packaging.requirements import Requirement
 from stable_baselines3 import SAC
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.diagnostics.__main__ import main as diagnostics
 from sb3_mbpo.zoo.registration import register
 from tests.test_logging import KEYS
 
@@ -75,6 +76,8 @@ ALWAYS = {
     "train": ["-n", "90", "--device", "cpu", "--num-threads", "1", "--eval-episodes", "1"],
     "enjoy": ["-n", "20", "--no-render", "--num-threads", "1"],
 }
+
+SMALL_DIAGNOSTICS = ["--steps", "150", "--return-horizon", "10", "--horizon", "3", "--data-sizes", "50", "100"]
 
 pytestmark = [
     # What is recommended must not be warned of
@@ -205,6 +208,8 @@ class Reader:
                     runpy.run_path(str(ROOT / script), run_name="__main__")
                 case ["python", "-m", "sb3_mbpo.zoo", script, *options]:
                     self.zoo(patch, "sb3_mbpo.zoo", script, options, [script])
+                case ["python", "-m", "sb3_mbpo.diagnostics", *options]:
+                    diagnostics([*options, *SMALL_DIAGNOSTICS])
                 case ["python", "-m", module, *options] if module.startswith("rl_zoo3."):
                     self.zoo(patch, module, module.removeprefix("rl_zoo3."), options, [])
                 case _:
@@ -323,9 +328,12 @@ def test_keys_of_the_log() -> None:
     """All that are named are logged, and all of MBPO's own are explained."""
     rare = {"model/reward_mismatch", "model/diverged", "train/diverged"}
     of_sac = {"train/actor_loss", "train/critic_loss", "train/ent_coef", "rollout/ep_rew_mean"}
-    named = {key for page in PAGES for key in re.findall(r"`((?:model|train|time|rollout)/\w+)`", text_of(page))}
+    named = {
+        key for page in PAGES for key in re.findall(r"`((?:model|train|time|rollout|open_loop|theory)/\w+)`", text_of(page))
+    }
     assert named == KEYS | rare | of_sac
-    explained = set(re.findall(r"`((?:model|train|time)/\w+)`", text_of("docs/environments.md").split("## What to watch")[1]))
+    keys = r"`((?:model|train|time|open_loop|theory)/\w+)`"
+    explained = set(re.findall(keys, text_of("docs/environments.md").split("## What to watch")[1]))
     assert explained >= KEYS | rare
 
 

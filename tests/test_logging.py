@@ -13,7 +13,9 @@ KEYS = {
     *("model/train_loss", "model/holdout_mse", "model/epochs", "model/training_seconds", "model/termination_mismatch"),
     *("model/model_buffer_gb", "model/compiled", "train/compiled", "time/compile_seconds"),
     *("model/rollout_length", "model/rollout_length_mean", "model/model_buffer_size", "model/real_buffer_size"),
-    *(f"open_loop/{kind}_1" for kind in ("error", "std", "inside_1_sigma", "inside_2_sigma", "r2", "reward_r2")),
+    *("open_loop/error_1", "open_loop/error_2", "open_loop/error_5", "open_loop/error_10", "open_loop/std_1"),
+    *("open_loop/inside_1_sigma_1", "open_loop/inside_2_sigma_1", "open_loop/r2_1", "open_loop/reward_r2_1"),
+    *("theory/model_error", "theory/policy_shift", "theory/optimal_rollout_length"),
     *("time/env_seconds", "time/model_seconds", "time/rollouts_seconds", "time/updates_seconds"),
 }
 
@@ -83,7 +85,9 @@ def test_stdout_and_tensorboard(tmp_path, capsys):
 
     events = EventAccumulator(str(tmp_path / "MBPO_1"))
     events.Reload()
-    assert KEYS <= set(events.Tags()["scalars"])
+    # There was but one training of the model
+    later = {key for key in KEYS if key.startswith(("open_loop/", "theory/"))}
+    assert KEYS - later <= set(events.Tags()["scalars"])
 
 
 def test_progress_bar_says_what_it_waits_for(monkeypatch):

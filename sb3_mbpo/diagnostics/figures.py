@@ -78,7 +78,9 @@ def plot_dimensions(error: OpenLoopError) -> Figure:
     ax.axhline(0, color="gray", linewidth=0.8)
     ax.set_xticks(x[:: max(len(x) // 12, 1)], ["r" if i == 0 else str(i - 1) for i in x[:: max(len(x) // 12, 1)]])
     ax.set(xlabel="reward (r) and dimensions of the observation", ylabel="R² (cut off at -1)", title="What the model explains")
-    ax.legend(frameon=False, ncols=3, fontsize="small", loc="lower left")
+    # Room for the legend above the bars
+    ax.set_ylim(top=1.25)
+    ax.legend(frameon=False, ncols=3, fontsize="small", loc="upper left")
     return figure
 
 

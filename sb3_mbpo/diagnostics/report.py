@@ -81,11 +81,11 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
     trusted = auto_rollout_length(relative.tolist(), len(relative))
     k = agent.rollout_length
     if relative[0] > AUTO_TOLERANCE:
-        length = f"Even one step is off by more than {AUTO_TOLERANCE:g} standard deviations; rollouts have {k}."
+        length = f"Even one step is off by more than {AUTO_TOLERANCE:g} standard deviations; rollouts have k = {k}."
     elif k > trusted:
-        length = f"Rollouts of {k} steps go further than the model is right for: shorten `rollout_schedule`."
+        length = f"Rollouts, k = {k}, go further than the model is right for: shorten `rollout_schedule`."
     else:
-        length = f"Rollouts of {k} steps stay within that."
+        length = f"Rollouts, k = {k}, stay within that."
     one, two = (inside[0, 1:][varies].mean().item() for inside in error.inside)
     if one < 0.55:
         calibration = "Overconfident: the truth lies outside the bands too often."
