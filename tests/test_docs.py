@@ -6,9 +6,9 @@ namespace. A block that no rule here covers fails.
 
 - Python is executed.
 - Of bash, ``python -c``, the example, the diagnostics and the scripts of RL Zoo are executed; the latter two inside this
-  process, after the registration that the start-up file would have caused (tests/test_packaging.py has the real one). **Only checked** are
-  installations (``pip install``: that the extras and the files exist; ``python -m venv``), and ``pytest``, ``make`` and the
-  benchmark, which tests/test_benchmarks.py runs (that options and targets exist).
+  process, after the registration that the start-up file would have caused (tests/test_packaging.py has the real one).
+  **Only checked** are installations (``pip install``: that the extras and the files exist; ``python -m venv``), and
+  ``pytest``, ``make`` and the benchmark, which tests/test_benchmarks.py runs (that options and targets exist).
 - YAML names its file in its first line. It is written there, and a later command must use it.
 
 What would train for hours is executed for real, but small, and without a trace of it in the text: the arguments of the
