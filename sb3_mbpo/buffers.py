@@ -321,8 +321,7 @@ class ModelReplayBuffer(BaseBuffer):
         index = th.as_tensor(batch_inds, device=self.device)
         flat_obs, actions, flat_next_obs, rewards, dones = (column[index] for column in self._columns())
         obs, next_obs = (self._observation(flat, env) for flat in (flat_obs, flat_next_obs))
-        if env is not None:
-            rewards = th.as_tensor(self._normalize_reward(rewards.cpu().numpy(), env), dtype=th.float32, device=self.device)
+        rewards = normalized_rewards(rewards, env)
         if isinstance(self.observation_space, spaces.Dict):
             return DictReplayBufferSamples(obs, actions, next_obs, dones, rewards)  # type: ignore[return-value]
         return ReplayBufferSamples(obs, actions, next_obs, dones, rewards)
@@ -342,6 +341,17 @@ def normalized(obs: Any, env: VecNormalize | None) -> Any:
     as_numpy = map_arrays(lambda tensor: tensor.cpu().numpy(), obs)
     device = arrays(obs)[0].device
     return map_arrays(lambda array: th.as_tensor(array, dtype=th.float32, device=device), env.normalize_obs(as_numpy))
+
+
+def normalized_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor:
+    """
+    :param rewards: Raw rewards, of any shape
+    :param env: What normalises them, if anything
+    :return: The same, normalised
+    """
+    if env is None:
+        return rewards
+    return th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), dtype=th.float32, device=rewards.device)
 
 
 def combine(function: Callable[..., th.Tensor], *samples: Any) -> Any:
