@@ -68,7 +68,7 @@ class DynamicsCallback(BaseCallback):
     def _init_callback(self) -> None:
         agent = self.model
         self.warned: set[str] = set()
-        if agent.real_ratio == 1:
+        if not agent.uses_model:
             return
         # Anew in every `learn()`, because between two of them users may change what is in the replay buffer
         self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
@@ -97,7 +97,7 @@ class DynamicsCallback(BaseCallback):
             new_obs, rewards = vec_normalize.get_original_obs(), vec_normalize.get_original_reward()
         last_obs = [info["terminal_observation"] for info in self.locals["infos"] if "terminal_observation" in info]
         observations = [array for observation in (new_obs, *last_obs) for array in arrays(observation)]
-        if vec_normalize is not None and self.model.real_ratio < 1:
+        if vec_normalize is not None and self.model.uses_model:
             self._warn_of_clipping(vec_normalize, last_obs)
         for name, values in (("Observations", observations), ("Rewards", [rewards])):
             for value in values:
@@ -124,7 +124,7 @@ class DynamicsCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         agent = self.model
-        if agent.real_ratio == 1 or not agent.is_warmed_up:
+        if not agent.uses_model or not agent.is_warmed_up:
             return
         assert agent.replay_buffer is not None
         if max_transitions(agent.replay_buffer) < 2:

@@ -294,7 +294,7 @@ class MBPO(SAC):
         ).to(self.device)
         self.termination_classifier = TerminationClassifier(obs_dim).to(self.device)
         self.model_buffer = self._make_model_buffer()
-        if self.verbose >= 1 and self.real_ratio < 1:
+        if self.verbose >= 1 and self.uses_model:
             room, gigabytes = len(self.model_buffer.rewards), self.model_buffer.n_bytes / 1e9
             print(f"Model buffer: room for {room:,} generated transitions, {gigabytes:.2f} GB when it is full")
 
@@ -306,7 +306,7 @@ class MBPO(SAC):
             model_buffer_size(self.model_retain_epochs, self.model_train_freq, self.rollout_batch_size, length)
             for length in (now, longest)
         )
-        if self.real_ratio == 1:
+        if not self.uses_model:
             capacity = max_capacity = 1
         try:
             return ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device, max_capacity)
@@ -322,6 +322,11 @@ class MBPO(SAC):
         """What gradient updates sample from. Made anew each time, as users may replace the replay buffer."""
         assert self.replay_buffer is not None
         return MixedReplayBuffer(self.replay_buffer, self.model_buffer, self.real_ratio, self.gamma)
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether the model has a part in the updates, so that it is trained: not with real data alone (paper: "no model")."""
+        return self.real_ratio < 1
 
     @property
     def lifetime_timesteps(self) -> int:
@@ -486,7 +491,7 @@ class MBPO(SAC):
             "updates": lambda: try_update(self, self.batch_size, compiled(sac_update, self.device.type)),
             "model": lambda: try_step(self.dynamics, compiled(train_step, self.device.type)),
         }
-        if self.real_ratio == 1:
+        if not self.uses_model:
             del reasons["model"]
         for what, reason in reasons.items():
             reasons[what] = reason or why_not(attempts[what])
