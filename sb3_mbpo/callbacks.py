@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.buffers import (
     ResidentTransitions,
+    begins_episode,
     max_transitions,
     model_buffer_size,
     n_transitions,
@@ -227,7 +228,7 @@ class DynamicsCallback(BaseCallback):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
             )
-            obs = self._with_goals(transitions).obs
+            obs = self._start_states(transitions)
             start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)]
             n_generated = 0
             for step in self.model_env.rollout(start, length):
@@ -236,6 +237,20 @@ class DynamicsCallback(BaseCallback):
         self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
         self.logger.record("model/rollout_length", length)
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)
+
+    def _start_states(self, transitions: Transitions) -> th.Tensor:
+        """Of which model rollouts start in any with the same probability."""
+        obs, buffer = self._with_goals(transitions).obs, self.model.replay_buffer
+        if self.model.rollout_start == "replay":
+            return obs
+        assert buffer is not None
+        obs = obs[th.as_tensor(begins_episode(buffer), device=obs.device)]
+        if len(obs) == 0:
+            raise ValueError(
+                f"There is no beginning of an episode among the {len(transitions.obs):,} real transitions, for model rollouts "
+                "to start in (`rollout_start='initial'`). Raise `buffer_size` above the length of an episode."
+            )
+        return obs
 
     def _with_goals(self, transitions: Transitions) -> Transitions:
         buffer = self.model.replay_buffer

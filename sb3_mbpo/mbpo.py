@@ -119,7 +119,9 @@ class MBPO(SAC):
     :param model_train_freq: Environment steps between two trainings of the model, each followed by model rollouts
     :param rollout_batch_size: Number of model rollouts after each training
     :param rollout_schedule: ``(first_step, last_step, k_min, k_max)``: the length of the model rollouts grows linearly from
-        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life
+        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life; ``(0, 0, k, k)``
+        for a fixed k. The model buffer has room for all rollouts of 1,000 steps: for long ones (the paper tries 200 and 500)
+        lower ``rollout_batch_size`` in proportion.
     :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
     :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC (the paper's
         "no model").
@@ -137,6 +139,9 @@ class MBPO(SAC):
         and one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
         compiler. "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, SB3's own
         ``SAC.train`` is used; why is printed (``verbose=1``), or, with True, a warning.
+    :param rollout_start: Where model rollouts start: "replay", in any state of the replay buffer, all equally likely (paper,
+        section 4.2: branched rollouts), or "initial", in its first states of episodes, hence in the initial state
+        distribution (paper, section 5, "Model usage"), for which rollouts must be as long as episodes are to see all of them.
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
 
@@ -183,6 +188,7 @@ class MBPO(SAC):
         reward_fn: TransitionFn | None = None,
         model_max_epochs: int | None = None,
         compile: bool | str = "auto",
+        rollout_start: str = "replay",
     ) -> None:
         if env is not None:
             env = maybe_make_env(env, verbose)
@@ -232,6 +238,7 @@ class MBPO(SAC):
         self.reward_fn = reward_fn
         self.model_max_epochs = model_max_epochs
         self.compile = compile
+        self.rollout_start = rollout_start
 
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
@@ -278,6 +285,8 @@ class MBPO(SAC):
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"`compile` must be True, False or 'auto', not {self.compile!r}")
         check_rollout_schedule(self.rollout_schedule)
+        if self.rollout_start not in ("replay", "initial"):
+            raise ValueError(f"`rollout_start` must be 'replay' or 'initial', not {self.rollout_start!r}")
         assert isinstance(self.action_space, spaces.Box)
         for name, boolean in (("termination_fn", True), ("reward_fn", False)):
             if getattr(self, name) is not None:
