@@ -137,15 +137,17 @@ class DynamicsCallback(BaseCallback):
         enough = n_transitions(agent.replay_buffer) >= max(2, min(agent.learning_starts, max_transitions(agent.replay_buffer)))
         is_fitted, now = agent.dynamics.is_fitted, agent.lifetime_timesteps
         retrain = enough and (not is_fitted or now - agent.last_model_training >= agent.model_train_freq)
-        refresh = is_fitted and (agent.model_buffer.size() == 0 or now - agent.last_rollouts >= agent.model_train_freq)
+        is_due = agent.model_buffer.size() == 0 or now - agent.last_rollouts >= agent.model_train_freq
+        refresh = is_fitted and agent.uses_generated_data and is_due
         if retrain or refresh:
             transitions = self.real.update(agent.replay_buffer, now - self.last_update)
             self.last_update = now
             if retrain:
                 self._train_model(transitions)
                 agent.last_model_training = now
-            self._generate_rollouts(transitions)
-            agent.last_rollouts = now
+            if agent.uses_generated_data:
+                self._generate_rollouts(transitions)
+                agent.last_rollouts = now
 
     def _train_model(self, transitions: Transitions) -> None:
         agent = self.model
