@@ -92,6 +92,33 @@ def real_transitions(
     )
 
 
+def begins_episode(replay_buffer: ReplayBuffer) -> np.ndarray:
+    """
+    Which transitions are the first of an episode: the one before, of the same environment, ended an episode, or did not lead
+    to this one's observation, as when ``learn()`` was called anew in the midst of an episode. The very first transition is
+    taken for one; once it is overwritten, the oldest is not, as nobody knows.
+
+    With ``optimize_memory_usage`` only the end of the episode before tells.
+
+    :param replay_buffer: SB3's replay buffer or any subclass of it
+    :return: Bool, one for each row of :func:`real_transitions`
+    """
+    rows = np.arange(replay_buffer.size())
+    oldest = replay_buffer.pos if replay_buffer.full else 0
+    # Before the first row of a full buffer lies its last
+    begins = replay_buffer.dones[rows - 1] > 0
+    if not replay_buffer.optimize_memory_usage:
+        successors = flatten(map_arrays(lambda array: array[rows - 1], replay_buffer.next_observations), batch_dims=2)
+        observations = flatten(map_arrays(lambda array: array[rows], replay_buffer.observations), batch_dims=2)
+        begins |= (successors != observations).any(axis=2)
+    begins[oldest] = not replay_buffer.full
+    if not replay_buffer.optimize_memory_usage:
+        return begins.flatten()
+    if replay_buffer.full:
+        rows = rows[rows != replay_buffer.pos]
+    return begins[rows][replay_buffer.dones[rows] == 0]
+
+
 def recent_trajectories(replay_buffer: ReplayBuffer, n: int, device: th.device | str = "cpu") -> list[Transitions]:
     """
     :param replay_buffer: SB3's replay buffer or any subclass of it
@@ -329,8 +356,7 @@ class ModelReplayBuffer(BaseBuffer):
         index = th.as_tensor(batch_inds, device=self.device)
         flat_obs, actions, flat_next_obs, rewards, dones = (column[index] for column in self._columns())
         obs, next_obs = (self._observation(flat, env) for flat in (flat_obs, flat_next_obs))
-        if env is not None:
-            rewards = th.as_tensor(self._normalize_reward(rewards.cpu().numpy(), env), dtype=th.float32, device=self.device)
+        rewards = normalized_rewards(rewards, env)
         if isinstance(self.observation_space, spaces.Dict):
             return DictReplayBufferSamples(obs, actions, next_obs, dones, rewards)  # type: ignore[return-value]
         return ReplayBufferSamples(obs, actions, next_obs, dones, rewards)
@@ -350,6 +376,17 @@ def normalized(obs: Any, env: VecNormalize | None) -> Any:
     as_numpy = map_arrays(lambda tensor: tensor.cpu().numpy(), obs)
     device = arrays(obs)[0].device
     return map_arrays(lambda array: th.as_tensor(array, dtype=th.float32, device=device), env.normalize_obs(as_numpy))
+
+
+def normalized_rewards(rewards: th.Tensor, env: VecNormalize | None) -> th.Tensor:
+    """
+    :param rewards: Raw rewards, of any shape
+    :param env: What normalises them, if anything
+    :return: The same, normalised
+    """
+    if env is None:
+        return rewards
+    return th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), dtype=th.float32, device=rewards.device)
 
 
 def combine(function: Callable[..., th.Tensor], *samples: Any) -> Any:

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.buffers import (
     ResidentTransitions,
+    begins_episode,
     max_transitions,
     model_buffer_size,
     n_transitions,
@@ -69,7 +70,7 @@ class DynamicsCallback(BaseCallback):
     def _init_callback(self) -> None:
         agent = self.model
         self.warned: set[str] = set()
-        if agent.real_ratio == 1:
+        if not agent.uses_model:
             return
         # Anew in every `learn()`, because between two of them users may change what is in the replay buffer
         self.real, self.last_update = ResidentTransitions(agent.device), agent.lifetime_timesteps
@@ -99,7 +100,7 @@ class DynamicsCallback(BaseCallback):
             new_obs, rewards = vec_normalize.get_original_obs(), vec_normalize.get_original_reward()
         last_obs = [info["terminal_observation"] for info in self.locals["infos"] if "terminal_observation" in info]
         observations = [array for observation in (new_obs, *last_obs) for array in arrays(observation)]
-        if vec_normalize is not None and self.model.real_ratio < 1:
+        if vec_normalize is not None and self.model.uses_model:
             self._warn_of_clipping(vec_normalize, last_obs)
         for name, values in (("Observations", observations), ("Rewards", [rewards])):
             for value in values:
@@ -126,7 +127,7 @@ class DynamicsCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         agent = self.model
-        if agent.real_ratio == 1 or not agent.is_warmed_up:
+        if not agent.uses_model or not agent.is_warmed_up:
             return
         assert agent.replay_buffer is not None
         if max_transitions(agent.replay_buffer) < 2:
@@ -138,7 +139,8 @@ class DynamicsCallback(BaseCallback):
         enough = n_transitions(agent.replay_buffer) >= max(2, min(agent.learning_starts, max_transitions(agent.replay_buffer)))
         is_fitted, now = agent.dynamics.is_fitted, agent.lifetime_timesteps
         retrain = enough and (not is_fitted or now - agent.last_model_training >= agent.model_train_freq)
-        refresh = is_fitted and (agent.model_buffer.size() == 0 or now - agent.last_rollouts >= agent.model_train_freq)
+        is_due = agent.model_buffer.size() == 0 or now - agent.last_rollouts >= agent.model_train_freq
+        refresh = is_fitted and agent.uses_generated_data and is_due
         if retrain or refresh:
             transitions = self.real.update(agent.replay_buffer, now - self.last_update)
             self.last_update = now
@@ -147,8 +149,9 @@ class DynamicsCallback(BaseCallback):
                     self._measure_model(transitions)
                 self._train_model(transitions)
                 agent.last_model_training = now
-            self._generate_rollouts(transitions)
-            agent.last_rollouts = now
+            if agent.uses_generated_data:
+                self._generate_rollouts(transitions)
+                agent.last_rollouts = now
 
     def _measure_model(self, transitions: Transitions) -> None:
         """On transitions that it has not been trained on yet."""
@@ -244,7 +247,7 @@ class DynamicsCallback(BaseCallback):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
             )
-            obs = self._with_goals(transitions).obs
+            obs = self._start_states(transitions)
             start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)]
             n_generated = 0
             for step in self.model_env.rollout(start, length):
@@ -253,6 +256,20 @@ class DynamicsCallback(BaseCallback):
         self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
         self.logger.record("model/rollout_length", length)
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)
+
+    def _start_states(self, transitions: Transitions) -> th.Tensor:
+        """Of which model rollouts start in any with the same probability."""
+        obs, buffer = self._with_goals(transitions).obs, self.model.replay_buffer
+        if self.model.rollout_start == "replay":
+            return obs
+        assert buffer is not None
+        obs = obs[th.as_tensor(begins_episode(buffer), device=obs.device)]
+        if len(obs) == 0:
+            raise ValueError(
+                f"There is no beginning of an episode among the {len(transitions.obs):,} real transitions, for model rollouts "
+                "to start in (`rollout_start='initial'`). Raise `buffer_size` above the length of an episode."
+            )
+        return obs
 
     def _with_goals(self, transitions: Transitions) -> Transitions:
         buffer = self.model.replay_buffer

@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
 
-from sb3_mbpo import __version__
+from sb3_mbpo import __version__, value_expansion
 from sb3_mbpo.buffers import (
     MixedReplayBuffer,
     ModelReplayBuffer,
@@ -39,6 +39,7 @@ from sb3_mbpo.dynamics.termination import TerminationClassifier
 from sb3_mbpo.dynamics.training import train_step, try_step
 from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
 from sb3_mbpo.errors import DivergenceError, UnsupportedSpaceError
+from sb3_mbpo.model_env import ModelEnv
 from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, longest_rollout, rollout_length
 from sb3_mbpo.spaces import check_goals, check_spaces, flat_dim
 from sb3_mbpo.update import (
@@ -120,8 +121,10 @@ class MBPO(SAC):
     :param model_train_freq: Environment steps between two trainings of the model, each followed by model rollouts
     :param rollout_batch_size: Number of model rollouts after each training
     :param rollout_schedule: ``(first_step, last_step, k_min, k_max)``: the length of the model rollouts grows linearly from
-        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life. Or "auto": as long
-        as the model's measured error allows, from 1 to 25 (:func:`sb3_mbpo.schedules.auto_rollout_length`)
+        ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life; ``(0, 0, k, k)``
+        for a fixed k. The model buffer has room for all rollouts of 1,000 steps: for long ones (the paper tries 200 and 500)
+        lower ``rollout_batch_size`` in proportion. Or "auto": as long as the model's measured error allows, from 1 to 25
+        (:func:`sb3_mbpo.schedules.auto_rollout_length`).
     :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
     :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC (the paper's
         "no model").
@@ -139,6 +142,9 @@ class MBPO(SAC):
         and one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
         compiler. "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, SB3's own
         ``SAC.train`` is used; why is printed (``verbose=1``), or, with True, a warning.
+    :param rollout_start: Where model rollouts start: "replay", in any state of the replay buffer, all equally likely (paper,
+        section 4.2: branched rollouts), or "initial", in its first states of episodes, hence in the initial state
+        distribution (paper, section 5, "Model usage"), for which rollouts must be as long as episodes are to see all of them.
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
 
@@ -185,6 +191,8 @@ class MBPO(SAC):
         reward_fn: TransitionFn | None = None,
         model_max_epochs: int | None = None,
         compile: bool | str = "auto",
+        rollout_start: str = "replay",
+        value_expansion_horizon: int = 0,
     ) -> None:
         if env is not None:
             env = maybe_make_env(env, verbose)
@@ -234,6 +242,8 @@ class MBPO(SAC):
         self.reward_fn = reward_fn
         self.model_max_epochs = model_max_epochs
         self.compile = compile
+        self.rollout_start = rollout_start
+        self.value_expansion_horizon = value_expansion_horizon
 
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
@@ -247,6 +257,8 @@ class MBPO(SAC):
         self.last_rollouts = 0
         # Since the start of `learn()`
         self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates", "compile"), 0.0)
+        # What value expansion rolls out in
+        self._model_env: ModelEnv | None = None
         # Which of them run as compiled graphs in this `learn()`
         self.is_compiled = dict.fromkeys(("updates", "model"), False)
 
@@ -283,7 +295,14 @@ class MBPO(SAC):
             )
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ValueError(f"`compile` must be True, False or 'auto', not {self.compile!r}")
+        if not is_whole_number(self.value_expansion_horizon) or self.value_expansion_horizon < 0:
+            raise ValueError(
+                "`value_expansion_horizon` must be a whole number, 1 or more, or 0 (no value expansion), not "
+                f"{self.value_expansion_horizon!r}"
+            )
         check_rollout_schedule(self.rollout_schedule)
+        if self.rollout_start not in ("replay", "initial"):
+            raise ValueError(f"`rollout_start` must be 'replay' or 'initial', not {self.rollout_start!r}")
         assert isinstance(self.action_space, spaces.Box)
         for name, boolean in (("termination_fn", True), ("reward_fn", False)):
             if getattr(self, name) is not None:
@@ -300,7 +319,7 @@ class MBPO(SAC):
         ).to(self.device)
         self.termination_classifier = TerminationClassifier(obs_dim).to(self.device)
         self.model_buffer = self._make_model_buffer()
-        if self.verbose >= 1 and self.real_ratio < 1:
+        if self.verbose >= 1 and self.uses_generated_data:
             room, gigabytes = len(self.model_buffer.rewards), self.model_buffer.n_bytes / 1e9
             print(f"Model buffer: room for {room:,} generated transitions, {gigabytes:.2f} GB when it is full")
 
@@ -326,7 +345,7 @@ class MBPO(SAC):
             model_buffer_size(self.model_retain_epochs, self.model_train_freq, self.rollout_batch_size, length)
             for length in (now, longest)
         )
-        if self.real_ratio == 1:
+        if not self.uses_generated_data:
             capacity = max_capacity = 1
         try:
             return ModelReplayBuffer(capacity, self.observation_space, self.action_space, self.device, max_capacity)
@@ -349,6 +368,16 @@ class MBPO(SAC):
         if isinstance(self.rollout_schedule, str):
             return self.auto_rollout_length
         return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether updates depend on the model, so that it is trained. If not, this is SAC (paper: "no model")."""
+        return self.uses_generated_data or self.value_expansion_horizon > 0
+
+    @property
+    def uses_generated_data(self) -> bool:
+        """Whether batches have generated transitions, so that there are model rollouts."""
+        return self.real_ratio < 1
 
     @property
     def lifetime_timesteps(self) -> int:
@@ -433,8 +462,9 @@ class MBPO(SAC):
         if gradient_steps == 0:
             return
         start = time.perf_counter()
-        # Anew each time, as users may have changed the agent
-        is_compiled = self.is_compiled["updates"] and bool(self.compile) and not_covered(self) is None
+        # Anew each time, as users may have changed the agent. Before there is a model, there is another graph.
+        is_planned = self.is_compiled["updates"] and self.expands_values == (self.value_expansion_horizon > 0)
+        is_compiled = is_planned and bool(self.compile) and not_covered(self) is None
         self.logger.record("train/compiled", int(is_compiled))
         try:
             (self._train_compiled if is_compiled else self._train_as_sac)(gradient_steps, batch_size)
@@ -447,13 +477,16 @@ class MBPO(SAC):
         self.seconds["updates"] += time.perf_counter() - start
 
     def _train_as_sac(self, gradient_steps: int, batch_size: int) -> None:
-        """``SAC.train`` on the mixed buffer."""
+        """``SAC.train`` on the mixed buffer; with value expansion, what differs from it in the critics' targets alone."""
         before, not_a_number = networks_state(self), None
         replay_buffer = self.replay_buffer
-        # What SAC samples from
-        self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
         try:
-            super().train(gradient_steps, batch_size)
+            if self.expands_values:
+                self._log_updates(value_expansion.train(self, self._expansion_env(), gradient_steps, batch_size))
+            else:
+                # What SAC samples from
+                self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
+                super().train(gradient_steps, batch_size)
         except ValueError as error:
             # Of torch's distributions, if the actor's output is not a number
             not_a_number = error
@@ -476,18 +509,38 @@ class MBPO(SAC):
         """What ``SAC.train`` does, with all batches sampled at once and the updates compiled."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(optimizers(self))
-        samples = self.mixed_buffer.sample_batches(gradient_steps, batch_size, env=self._vec_normalize_env)
-        noise = th.randn(2, *samples.actions.shape, device=self.device)
-        critic_loss, actor_loss, ent_coef_loss, ent_coef = (
-            run_updates(self, samples, noise, compiled(sac_update, self.device.type)).mean(dim=0).tolist()
-        )
-        self._n_updates += gradient_steps
+        if self.expands_values:
+            update = compiled(value_expansion.expanded_update, self.device.type)
+            results = value_expansion.run_expanded_updates(self, self._expansion_env(), gradient_steps, batch_size, update)
+        else:
+            samples = self.mixed_buffer.sample_batches(gradient_steps, batch_size, env=self._vec_normalize_env)
+            noise = th.randn(2, *samples.actions.shape, device=self.device)
+            results = run_updates(self, samples, noise, compiled(sac_update, self.device.type))
+        self._log_updates(results)
+
+    def _log_updates(self, results: th.Tensor) -> None:
+        """What ``SAC.train`` logs, from what :func:`sac_update` returns."""
+        critic_loss, actor_loss, ent_coef_loss, ent_coef = results.mean(dim=0).tolist()
+        self._n_updates += len(results)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/ent_coef", ent_coef)
         self.logger.record("train/actor_loss", actor_loss)
         self.logger.record("train/critic_loss", critic_loss)
         if self.ent_coef_optimizer is not None:
             self.logger.record("train/ent_coef_loss", ent_coef_loss)
+
+    @property
+    def expands_values(self) -> bool:
+        """Whether critics have targets from model rollouts (``value_expansion_horizon``): not before there is a model."""
+        return self.value_expansion_horizon > 0 and self.dynamics.is_fitted
+
+    def _expansion_env(self) -> ModelEnv:
+        """One for each ``learn()``, and another one if ``train()`` is called after ``set_env()``."""
+        if self._model_env is None or self._model_env.env is not self.env:
+            if self.env is None:
+                raise ValueError("Value expansion needs to know when episodes end: call `set_env` before `train`")
+            self._model_env = ModelEnv(self, self.env)
+        return self._model_env
 
     def _planned_updates(self, total_timesteps: int) -> float:
         """How many gradient updates there will be until ``num_timesteps`` is ``total_timesteps``."""
@@ -510,10 +563,10 @@ class MBPO(SAC):
             reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
         reasons = {"updates": reason or not_covered(self), "model": reason}
         attempts = {
-            "updates": lambda: try_update(self, self.batch_size, compiled(sac_update, self.device.type)),
+            "updates": self._try_update,
             "model": lambda: try_step(self.dynamics, compiled(train_step, self.device.type)),
         }
-        if self.real_ratio == 1:
+        if not self.uses_model:
             del reasons["model"]
         for what, reason in reasons.items():
             reasons[what] = reason or why_not(attempts[what])
@@ -521,14 +574,21 @@ class MBPO(SAC):
         self.seconds["compile"] = time.perf_counter() - start
         self._report_compilation(reasons)
 
+    def _try_update(self) -> None:
+        if self.value_expansion_horizon > 0:
+            value_expansion.try_expanded_update(self, compiled(value_expansion.expanded_update, self.device.type))
+        else:
+            try_update(self, self.batch_size, compiled(sac_update, self.device.type))
+
     def _report_compilation(self, reasons: dict[str, str | None]) -> None:
-        names = {"updates": "gradient updates (by SB3's SAC.train)", "model": "model training"}
+        names = {"updates": "gradient updates", "model": "model training"}
+        instead = "" if self.value_expansion_horizon > 0 else " (by SB3's SAC.train)"
         for reason in dict.fromkeys(reasons.values()):
             which = " and ".join(names[what] for what in reasons if reasons[what] == reason)
             if reason is None:
-                which, reason = which.replace(" (by SB3's SAC.train)", ""), f"in {self.seconds['compile']:.0f} s"
-                message = f"Compiled: {which}, {reason}"
+                message = f"Compiled: {which}, in {self.seconds['compile']:.0f} s"
             else:
+                which = which.replace(names["updates"], names["updates"] + instead)
                 message = f"Not compiled: {which}, because {reason}"
                 if self.compile is True:
                     warnings.warn(message, stacklevel=5)
@@ -554,6 +614,8 @@ class MBPO(SAC):
         if reset_num_timesteps:
             self._steps_before_reset += steps
         self.seconds = dict.fromkeys(self.seconds, 0.0)
+        # The environment may have changed
+        self._model_env = None
         if self.verbose >= 1 and self.lifetime_timesteps + result[0] - self.num_timesteps <= self.learning_starts:
             print(
                 f"All of these steps are random: learning starts after {self.learning_starts:,} of the agent's life "
@@ -689,7 +751,7 @@ class MBPO(SAC):
                 raise ValueError(f"The replay buffer {path} has the {name} {is_}, but the agent's is {ours}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "model_buffer", "open_loop_error", "seconds", "is_compiled"]
+        return [*super()._excluded_save_params(), "model_buffer", "open_loop_error", "seconds", "is_compiled", "_model_env"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

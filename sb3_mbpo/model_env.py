@@ -11,7 +11,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.buffers import normalized
-from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict, rollout
+from sb3_mbpo.dynamics.rollouts import Reward, Transitions, model_step, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
 from sb3_mbpo.spaces import dims_where, in_space, unflatten
@@ -67,20 +67,35 @@ class ModelEnv:
         obs, rows = start_obs, th.arange(len(start_obs), device=start_obs.device)
         with th.no_grad():
             for step in range(length):
-                actions = self.policy(obs)
-                next_obs, predicted = predict(self.agent.dynamics, obs, actions, self.goal_dims, self.binary_dims)
-                finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(predicted)
-                obs, actions, next_obs, predicted, rows = (
-                    column[finite] for column in (obs, actions, next_obs, predicted, rows)
-                )
-                if len(rows) == 0:
-                    break
-                rewards[rows, step] = predicted if self.reward is None else self.reward(obs, actions, next_obs)
-                goes_on = ~self.termination(obs, actions, next_obs)
-                obs, rows = next_obs[goes_on], rows[goes_on]
+                finite, transitions = self.step(obs, self.policy(obs))
+                rows = rows[finite]
+                rewards[rows, step] = transitions.rewards
+                goes_on = ~transitions.terminated
+                obs, rows = transitions.next_obs[goes_on], rows[goes_on]
                 if len(rows) == 0:
                     break
         return rewards.cumsum(dim=1)
+
+    def step(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, Transitions]:
+        """
+        One step (see :func:`sb3_mbpo.dynamics.rollouts.model_step`).
+
+        :param obs: ``(n, obs_dim)``
+        :param actions: ``(n, action_dim)``
+        :return: Which rows are transitions, bool, ``(n,)``, and those transitions
+        """
+        return model_step(
+            *(self.agent.dynamics, obs, actions, self.termination, self.reward),
+            constant=self.goal_dims,
+            binary=self.binary_dims,
+        )
+
+    def as_policy(self, obs: th.Tensor) -> Any:
+        """
+        :param obs: ``(n, obs_dim)``
+        :return: What the policy sees: normalised if the environment is, ``(n, *shape)``, or a dictionary of them
+        """
+        return normalized(unflatten(self.agent.observation_space, obs), self.agent.get_vec_normalize_env())
 
     def policy(self, obs: th.Tensor) -> th.Tensor:
         """
@@ -90,7 +105,7 @@ class ModelEnv:
         agent = self.agent
         if agent.use_sde:
             agent.actor.reset_noise(len(obs))
-        return agent.actor(normalized(unflatten(agent.observation_space, obs), agent.get_vec_normalize_env()))
+        return agent.actor(self.as_policy(obs))
 
     def termination(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         """

@@ -216,7 +216,12 @@ def update_target(state: State, tau: th.Tensor) -> None:
         target.mul_(1 - tau).add_(tau * critic)
 
 
-def sac_update(networks: Networks, state: State, batch: Batch, settings: Settings) -> th.Tensor:
+CriticUpdate = Callable[[Networks, State, Batch, th.Tensor, Settings], th.Tensor]
+
+
+def sac_update(
+    networks: Networks, state: State, batch: Batch, settings: Settings, update_critic: CriticUpdate = update_critic
+) -> th.Tensor:
     """
     One update, in place. As in SB3, the critics' targets come from the actor from before, the actor's loss from the new
     critics, and all of it uses the entropy coefficient from before.
@@ -225,6 +230,7 @@ def sac_update(networks: Networks, state: State, batch: Batch, settings: Setting
     :param state: Changed
     :param batch: Transitions and noise
     :param settings: Adam's coefficients, target entropy, tau
+    :param update_critic: What critics learn
     :return: Loss of the critics, of the actor, of the entropy coefficient, and the latter from before: ``(4,)``
     """
     is_fixed = not state.ent_coef.first

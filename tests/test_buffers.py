@@ -14,6 +14,7 @@ from sb3_mbpo.buffers import (
     MixedReplayBuffer,
     ModelReplayBuffer,
     ResidentTransitions,
+    begins_episode,
     model_buffer_size,
     n_transitions,
     real_transitions,
@@ -285,3 +286,33 @@ def test_memory_efficient_buffer_leaves_out_what_it_lost(rows, expected):
     found = real_transitions(buffer)
     assert sorted(found.rewards.int().tolist()) == expected
     assert th.equal(found.next_obs, found.obs + 1) and th.equal(found.rewards, found.obs[:, 0])
+
+
+@pytest.mark.parametrize("optimize_memory_usage", [False, True])
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 3), st.integers(2, 12), st.lists(st.integers(0, 8), max_size=25), st.integers(0, 2**31))
+def test_beginnings_of_episodes(optimize_memory_usage, n_envs, capacity, ends, seed):
+    """Environments with episodes of their own; from time to time all of them are reset in the midst of one."""
+    kwargs = dict(optimize_memory_usage=optimize_memory_usage, handle_timeout_termination=not optimize_memory_usage)
+    buffer = ReplayBuffer(capacity * n_envs, OBS_SPACE, ACTION_SPACE, n_envs=n_envs, **kwargs)
+    rng, starts, count = np.random.default_rng(seed), np.ones(n_envs, bool), 0
+    state, is_first = rng.normal(size=n_envs), {}
+    for end in ends:
+        if end == 8:
+            # With `optimize_memory_usage` this leaves no trace
+            state, starts = rng.normal(size=n_envs), starts | (not optimize_memory_usage)
+            continue
+        # The numbers of the environments whose episode ends, in bits
+        done, next_state = np.array([end >> env & 1 for env in range(n_envs)], bool), rng.normal(size=n_envs)
+        rows = [np.tile(each[:, None, None], (1, 2, 1)) for each in (state, next_state)]
+        rewards = count * n_envs + np.arange(n_envs)
+        info = [{"TimeLimit.truncated": count % 2 == 0}] * n_envs
+        buffer.add(*rows, np.zeros((n_envs, 3)), rewards, done, info)
+        is_first.update(zip(rewards.tolist(), starts.tolist(), strict=True))
+        state, starts, count = np.where(done, rng.normal(size=n_envs), next_state), done, count + 1
+    if count == 0:
+        return
+    if count >= capacity:
+        is_first.update(dict.fromkeys(range((count - capacity) * n_envs, (count - capacity + 1) * n_envs), False))
+    found = begins_episode(buffer)
+    assert found.tolist() == [is_first[int(reward)] for reward in real_transitions(buffer).rewards]

@@ -47,6 +47,8 @@ from tests.envs import CountingEnv, FaultyEnv
         ("rollout_schedule", [20_000, 100_000, 1]),
         ("rollout_schedule", [20_000, 100_000, 15, 1]),
         ("rollout_schedule", "20000"),
+        ("rollout_start", "real"),
+        ("rollout_start", None),
         ("termination_fn", "hopper"),
         ("reward_fn", 3),
     ],

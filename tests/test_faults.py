@@ -31,7 +31,9 @@ def assert_all_finite(agent):
     for column in agent.model_buffer._columns():
         assert th.isfinite(column[:n]).all()
     values = {key: value for key, value in agent.logger.name_to_value.items() if isinstance(value, float)}
-    assert all(np.isfinite(value) for value in values.values()), values
+    assert not {name: value for name, value in values.items() if np.isnan(value)}
+    # Where a model blows up in some steps, its error is infinite
+    assert not {name: value for name, value in values.items() if np.isinf(value) and not name.startswith("open_loop/")}
 
 
 # --- Environments -------------------------------------------------------------------------------------------------------

@@ -269,3 +269,16 @@ def test_policy_shift_is_that_between_two_trainings(logged):
     # KL of two Gaussians of the same width is (shift / std)^2 / 2
     expected = (0.01 / log_std.exp() / 2).mean().item()
     assert value == pytest.approx(expected, rel=0.05)
+
+
+def test_without_a_discount_there_is_no_best_length(logged):
+    """And no limit to it, which must not end a training."""
+    make_agent(gamma=1.0, model_train_freq=30).learn(125)
+    names = {name for name, _ in logged if name.startswith("theory/")}
+    assert names == {"theory/model_error", "theory/policy_shift"}
+
+
+def test_a_perfect_model_is_good_for_the_whole_horizon(logged, monkeypatch):
+    monkeypatch.setattr("sb3_mbpo.diagnostics.live.model_error_from_nll", lambda *args: 0.0)
+    make_agent(gamma=0.9, model_train_freq=30).learn(125)
+    assert dict(logged)["theory/optimal_rollout_length"] == pytest.approx(10)

@@ -1,5 +1,6 @@
 """Diagnostics during a training, in the log and in TensorBoard."""
 
+import math
 from typing import TYPE_CHECKING
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -63,7 +64,9 @@ class DiagnosticsCallback(BaseCallback):
             error = error_by_step(self.model_env, trajectories, self.horizon)
             for column, (rmse, r2) in enumerate(zip(error.rmse[0].tolist(), error.r2()[0].tolist(), strict=True)):
                 self.logger.record(f"diagnostics/rmse_{name_of(column)}", rmse)
-                self.logger.record(f"diagnostics/r2_{name_of(column)}", r2)
+                # There is none of what does not vary
+                if not math.isnan(r2):
+                    self.logger.record(f"diagnostics/r2_{name_of(column)}", r2)
             columns = list(range(error.rmse.shape[1] - 1))[:4] if self.columns is None else self.columns
             longest = max(trajectories, key=lambda trajectory: len(trajectory.rewards))
             self._show("error", plot_error(error))

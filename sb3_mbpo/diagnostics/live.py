@@ -93,7 +93,12 @@ class LiveDiagnostics:
         error = model_error_from_nll(self._nll(recent), self._reference_nll)
         agent.logger.record("theory/model_error", error)
         agent.logger.record("theory/policy_shift", shift)
-        agent.logger.record("theory/optimal_rollout_length", optimal_rollout_length(error, shift, agent.gamma))
+        if 0 <= agent.gamma < 1:
+            # Rollouts beyond the effective horizon change nothing
+            longest = 1 / (1 - agent.gamma)
+            agent.logger.record(
+                "theory/optimal_rollout_length", min(optimal_rollout_length(error, shift, agent.gamma), longest)
+            )
 
     def after_training(self, transitions: Transitions) -> None:
         """
@@ -111,7 +116,8 @@ class LiveDiagnostics:
 def log_open_loop_error(logger: Logger, error: OpenLoopError) -> None:
     """
     :param logger: SB3's
-    :param error: What was measured
+    :param error: What was measured. Infinite predictions are logged as such; what does not exist, such as the share of a
+        variance of 0, is not.
     """
     varies = error.varies()
     if not varies.any():
@@ -120,9 +126,14 @@ def log_open_loop_error(logger: Logger, error: OpenLoopError) -> None:
     for row, step in enumerate(error.steps):
         if step not in LOGGED_STEPS:
             continue
-        logger.record(f"open_loop/error_{step}", relative_error[row].item())
-        logger.record(f"open_loop/std_{step}", relative_std[row].item())
-        for n_sigma, inside in enumerate(error.inside, start=1):
-            logger.record(f"open_loop/inside_{n_sigma}_sigma_{step}", inside[row, 1:][varies].mean().item())
-        logger.record(f"open_loop/r2_{step}", r2[row, 1:][varies].nanmedian().item())
-        logger.record(f"open_loop/reward_r2_{step}", r2[row, 0].item())
+        values = {
+            "error": relative_error[row],
+            "std": relative_std[row],
+            "inside_1_sigma": error.inside[0, row, 1:][varies].mean(),
+            "inside_2_sigma": error.inside[1, row, 1:][varies].mean(),
+            "r2": r2[row, 1:][varies].nanmedian(),
+            "reward_r2": r2[row, 0],
+        }
+        for name, value in values.items():
+            if not value.isnan():
+                logger.record(f"open_loop/{name}_{step}", value.item())

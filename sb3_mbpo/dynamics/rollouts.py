@@ -58,6 +58,39 @@ def predict(
 
 
 @th.no_grad()
+def model_step(
+    ensemble: Ensemble,
+    obs: th.Tensor,
+    actions: th.Tensor,
+    termination: Termination,
+    reward: Reward | None = None,
+    constant: Sequence[int] = (),
+    binary: Sequence[int] = (),
+) -> tuple[th.Tensor, Transitions]:
+    """
+    One step of the model. What it predicts to be infinite or NaN is not a transition.
+
+    :param ensemble: A fitted ensemble
+    :param obs: ``(n, obs_dim)``
+    :param actions: ``(n, action_dim)``
+    :param termination: Which transitions are terminal, bool
+    :param reward: Reward function, the ensemble's prediction if None
+    :param constant: See :func:`predict`
+    :param binary: See :func:`predict`
+    :return: Which rows are transitions, bool, ``(n,)``, and those transitions
+    """
+    next_obs, rewards = predict(ensemble, obs, actions, constant, binary)
+    finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(rewards)
+    if not finite.all():
+        obs, actions, next_obs, rewards = obs[finite], actions[finite], next_obs[finite], rewards[finite]
+    if len(obs) == 0:
+        return finite, Transitions(obs, actions, next_obs, rewards, rewards.bool())
+    if reward is not None:
+        rewards = reward(obs, actions, next_obs)
+    return finite, Transitions(obs, actions, next_obs, rewards, termination(obs, actions, next_obs))
+
+
+@th.no_grad()
 def rollout(
     ensemble: Ensemble,
     policy: Policy,
@@ -70,8 +103,7 @@ def rollout(
 ) -> Iterator[Transitions]:
     """
     Follow the policy under the model for ``length`` steps from each start state (paper, Algorithm 2). A terminal
-    transition is yielded and ends its rollout. A transition that the model predicts to be infinite or NaN is not a
-    transition: it is left out and ends its rollout too.
+    transition is yielded and ends its rollout. What :func:`model_step` does not take for a transition ends its rollout too.
 
     :param ensemble: A fitted ensemble
     :param policy: The stochastic policy
@@ -85,17 +117,10 @@ def rollout(
     """
     obs = start_obs
     for _ in range(length):
-        actions = policy(obs)
-        next_obs, rewards = predict(ensemble, obs, actions, constant, binary)
-        finite = th.isfinite(next_obs).all(dim=1) & th.isfinite(rewards)
-        if not finite.all():
-            obs, actions, next_obs, rewards = obs[finite], actions[finite], next_obs[finite], rewards[finite]
-        if len(obs) == 0:
+        _, transitions = model_step(ensemble, obs, policy(obs), termination, reward, constant, binary)
+        if len(transitions.obs) == 0:
             return
-        if reward is not None:
-            rewards = reward(obs, actions, next_obs)
-        terminated = termination(obs, actions, next_obs)
-        yield Transitions(obs, actions, next_obs, rewards, terminated)
-        obs = next_obs[~terminated]
+        yield transitions
+        obs = transitions.next_obs[~transitions.terminated]
         if len(obs) == 0:
             return
