@@ -414,7 +414,7 @@ def test_a_function_that_cannot_be_unpickled_is_not_lost_silently(tmp_path):
 
 def test_arrays_as_arguments(saved):
     """Which are neither equal nor unequal to what is saved."""
-    with pytest.raises(ValueError, match="ensemble_size, stats_window_size changed"):
+    with pytest.raises(ValueError, match="with ensemble_size changed"):
         MBPO.load(saved, ensemble_size=4, stats_window_size=np.array([1, 2]))
 
 

@@ -183,8 +183,9 @@ def test_policy_shift_on_known_policies():
         policy_shift(agent, data, others, env, data_sizes=(1_501,))
 
 
-def test_continued_policies_move_on_and_the_agent_stays(tmp_path):
-    agent = make_agent().learn(130)
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_continued_policies_move_on_and_the_agent_stays(use_sde, tmp_path):
+    agent = make_agent(use_sde=use_sde).learn(130)
     agent.save(tmp_path / "before")
     agent.save_replay_buffer(tmp_path / "buffer")
     loaded = MBPO.load(tmp_path / "before", env=gym.make("Pendulum-v1"))

@@ -111,7 +111,7 @@ def test_wheel_contents(wheel: Path) -> None:
     version = (ROOT / "sb3_mbpo/version.txt").read_text().strip()
     assert {name.split("/")[0] for name in names} == {"sb3_mbpo", f"sb3_mbpo-{version}.dist-info", *STARTUP_FILES}
     sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("sb3_mbpo/**/*.py")}
-    data = {"sb3_mbpo/hyperparams/mbpo.yml", "sb3_mbpo/py.typed", "sb3_mbpo/version.txt"}
+    data = {"sb3_mbpo/hyperparams/mbpo.yml", "sb3_mbpo/py.typed", "sb3_mbpo/version.txt", "sb3_mbpo/diagnostics/report.html"}
     assert {name for name in names if name.startswith("sb3_mbpo/")} == sources | data
 
 

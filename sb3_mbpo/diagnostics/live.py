@@ -1,6 +1,5 @@
 """What is measured at each training of the model, just before it: on transitions that the model has not seen yet."""
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch as th
@@ -104,7 +103,10 @@ class LiveDiagnostics:
         """
         :param transitions: What the model has been trained on
         """
-        self._actor = copy.deepcopy(self.agent.actor)
+        # Not a deepcopy, which torch refuses for gSDE's exploration matrix
+        with th.random.fork_rng(devices=[]):
+            self._actor = self.agent.policy.make_actor()
+        self._actor.load_state_dict(self.agent.actor.state_dict())
         rows = th.randint(len(transitions.obs), (N_REFERENCE,), device=transitions.obs.device)
         self._reference_nll = self._nll(Transitions(*(column[rows] for column in transitions)))
 

@@ -148,6 +148,10 @@ def _copy(agent: "MBPO") -> "MBPO":
     memo: dict[int, Any] = {id(each): each for each in shared if each is not None}
     if hasattr(agent, "_logger"):
         memo[id(agent._logger)] = agent._logger
+    if agent.use_sde:
+        # Torch does not copy a matrix that has a gradient
+        with th.no_grad():
+            agent.actor.reset_noise(agent.n_envs)
     copied = copy.deepcopy(agent, memo=memo)
     # Silent, and a loaded agent has none
     copied.set_logger(Logger(folder=None, output_formats=[]))
