@@ -61,7 +61,7 @@ def test_constructor_is_sacs_with_mbpos_own_arguments_after():
     assert set(own) == {
         *("ensemble_size", "num_elites", "model_hidden_sizes", "model_learning_rate", "model_train_freq", "real_ratio"),
         *("rollout_batch_size", "rollout_schedule", "model_retain_epochs", "termination_fn", "reward_fn"),
-        *("model_max_epochs", "compile", "rollout_start"),
+        *("model_max_epochs", "compile", "rollout_start", "value_expansion_horizon"),
     }
     agent = MBPO("MlpPolicy", "Pendulum-v1", buffer_size=100)
     for name in own:

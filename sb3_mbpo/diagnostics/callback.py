@@ -53,7 +53,8 @@ class DiagnosticsCallback(BaseCallback):
         is_due = now - agent.last_model_training >= agent.model_train_freq and now - self.last_time >= self.freq
         if is_due and agent.dynamics.is_fitted:
             self.last_time = now
-            self._measure(now - agent.last_model_training)
+            # This step's transitions are not stored yet
+            self._measure(now - agent.last_model_training - agent.n_envs)
         return True
 
     def _measure(self, n_new: int) -> None:
