@@ -34,7 +34,8 @@ def rows(tmp_path):
 
 
 def test_keys(rows):
-    assert KEYS <= set(rows[-1])
+    # An environment that counts: its change is always the same, and nothing is to be explained
+    assert KEYS - {"open_loop/r2_1"} <= set(rows[-1]) and "open_loop/r2_1" not in rows[-1]
     # SB3's logger cuts longer ones
     assert all(len(key) <= 36 for key in rows[-1])
 
