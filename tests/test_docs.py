@@ -92,7 +92,11 @@ pytestmark = [
 
 
 def smaller(value: Any, limit: Any) -> Any:
-    """The smaller of two numbers, or of each two in lists; what is no number (no limit, a function) gives the limit."""
+    """
+    The smaller of two numbers, or of each two in lists; words stay; what is no number (no limit, a function) gives the limit.
+    """
+    if isinstance(value, str):
+        return value
     if isinstance(limit, tuple):
         return [smaller(*pair) for pair in zip(value, limit, strict=False)]
     return min(value, limit) if isinstance(value, int | float) else limit
