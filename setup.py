@@ -29,6 +29,12 @@ DOCS = [
 DIAGNOSTICS = ["gymnasium[mujoco]", "jinja2", "matplotlib", "tensorboard"]
 
 
+BENCHMARKS = [*ZOO, "filelock", "joblib", "matplotlib", "rliable>=1.2"]
+
+# Runs of the benchmark on several machines
+CLUSTER = ["ray>=2.40"]
+
+
 class BuildWithStartupFiles(build_py):
     """Put the start-up files into the root of the wheel, also of the wheel of an editable install (PEP 660)."""
 
@@ -76,12 +82,15 @@ setup(
         "zoo": ZOO,
         "diagnostics": DIAGNOSTICS,
         "demo": ["gymnasium[mujoco]", "matplotlib", "tqdm", "rich"],
-        "benchmarks": ["gymnasium[mujoco]", "sbx-rl>=0.20", "rich"],
+        "benchmarks": [*BENCHMARKS, "sbx-rl>=0.20"],
+        "cluster": CLUSTER,
         "docs": DOCS,
         "tests": [
             *ZOO,
             *DOCS,
             *DIAGNOSTICS,
+            *BENCHMARKS,
+            *CLUSTER,
             # Opens the report in a browser
             "playwright",
             # Finds the blocks of code in the documentation
@@ -101,6 +110,8 @@ setup(
             # Lint, format, types
             "ruff",
             "mypy",
+            "joblib-stubs",
+            "pandas-stubs",
             # Wheels
             "build",
             "pip",

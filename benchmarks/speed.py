@@ -2,7 +2,7 @@
 How fast MBPO is here, beside SB3's SAC and, where it is installed, SBX's: every comparison in alternation, in one run.
 
     pip install -c constraints.txt -e ".[benchmarks]"
-    python benchmarks/speed.py --json speed.json
+    python -m benchmarks.speed --json speed.json
 
 Nothing else should run on the machine meanwhile. Prints a table of medians and of ratios (medians of the ratios of each
 round), and writes all measured values as JSON.
@@ -19,7 +19,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import configure
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import installed, processor
 from sb3_mbpo import MBPO
 from sb3_mbpo.buffers import ModelReplayBuffer, ResidentTransitions, model_buffer_size
 from sb3_mbpo.compilation import compiled
@@ -382,24 +382,6 @@ def growth(rounds: int) -> Iterator[Result]:
     yield from milliseconds("model training, by hidden units", seconds, n_batches, "ms/batch", "200")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """
-    :param threads: In use
-    :return: What the numbers depend on
-    """
-    cpu = platform.processor()
-    if (path := Path("/proc/cpuinfo")).exists():
-        cpu = next((line.split(":")[1].strip() for line in path.read_text().splitlines() if "model name" in line), cpu)
-    packages = ("sb3-mbpo", "stable-baselines3", "torch", "sbx-rl", "jax", "mujoco")
-    installed = {}
-    for package in packages:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            installed[package] = "not installed"
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "python": platform.python_version(), **installed}
-
-
 def report(results: list[Result], about: dict[str, Any]) -> None:
     """Print the table."""
     table = Table(title=", ".join(f"{key} {value}" for key, value in about.items()))
@@ -433,7 +415,9 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     th.set_num_threads(args.threads)
-    about = machine(args.threads)
+    packages = ("sb3-mbpo", "stable-baselines3", "torch", "sbx-rl", "jax", "mujoco")
+    about = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
+    about |= {package: installed(package) for package in packages}
     results: list[Result] = []
 
     def add(new: Iterator[Result] | list[Result]) -> None:

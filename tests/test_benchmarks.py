@@ -7,14 +7,26 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
 def test_speed(tmp_path):
     file = tmp_path / "speed.json"
-    command = [sys.executable, SCRIPT, "--sections", "updates", "model", "rollouts", "--tasks", "Hopper", "--rounds", "3"]
-    result = subprocess.run([*command, "--json", file], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed",
+        "--sections",
+        "updates",
+        "model",
+        "rollouts",
+        "--tasks",
+        "Hopper",
+        "--rounds",
+        "3",
+    ]
+    result = subprocess.run([*command, "--json", file], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     results = {(each["section"], each["case"]): each for each in json.loads(file.read_text())["results"]}
     for section, case, n_values in (
         ("gradient updates, Hopper", "SB3 SAC", 3),

@@ -1,0 +1,54 @@
+"""Where runs are made: each in a process of this machine, or as a task of a Ray cluster."""
+
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from joblib import Parallel, delayed
+
+from benchmarks.training import Run, train
+
+# How often Ray starts a run again whose worker died
+MAX_RETRIES = 20
+
+
+def attempt(run: Run) -> str | None:
+    """
+    :param run: What to train
+    :return: Why it failed, if it did: one run that fails stops no other
+    """
+    try:
+        train(run)
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def local(runs: list[Run], jobs: int) -> Iterable[str | None]:
+    """
+    :param runs: What to train
+    :param jobs: How many at the same time
+    :return: For each run why it failed, if it did
+    """
+    results: list[str | None] = Parallel(n_jobs=jobs)(delayed(attempt)(run) for run in runs)
+    return results
+
+
+def ray(runs: list[Run], address: str | None) -> Iterable[str | None]:
+    """
+    One task for each run, on any node with as many free cores as it has threads. When its worker dies, another one takes it up
+    from its checkpoint; so all nodes must see the folders of checkpoints and results under the same path.
+
+    :param runs: What to train
+    :param address: Of the cluster. None: one is started on this machine
+    :return: For each run why it failed, if it did
+    """
+    import ray
+
+    # The nodes have sb3_mbpo installed, not this folder
+    with ray.init(address=address, runtime_env={"py_modules": [str(Path(__file__).parent)]}):
+        task = ray.remote(attempt)
+        results: list[str | None] = ray.get(
+            [task.options(num_cpus=run.threads, max_retries=MAX_RETRIES, name=run.name).remote(run) for run in runs]
+        )
+    return results

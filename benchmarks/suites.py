@@ -1,0 +1,108 @@
+"""Which tasks there are, and which algorithms: a name of RL Zoo's, and what differs from its hyperparameters."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.training import Run
+
+
+class Task(NamedTuple):
+    """
+    :param steps: Environment steps of a run
+    :param env_kwargs: Arguments of the environment for all algorithms alike; ``hyperparams/mbpo.yml`` has the same
+    """
+
+    steps: int
+    env_kwargs: dict[str, Any]
+
+
+SUITES = {
+    # The paper's Figure 2, with its numbers of steps (of the pendulums: the authors' release)
+    "paper": {
+        "InvertedPendulum-v5": Task(20_000, {}),
+        "InvertedDoublePendulum-v5": Task(20_000, {}),
+        "Hopper-v5": Task(125_000, {}),
+        "Walker2d-v5": Task(300_000, {}),
+        "HalfCheetah-v5": Task(400_000, {}),
+        "Ant-v5": Task(300_000, {"include_cfrc_ext_in_observation": False}),
+        "Humanoid-v5": Task(
+            300_000,
+            {f"include_{part}_in_observation": False for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")},
+        ),
+    },
+    # Of minutes
+    "pendulums": {
+        "InvertedPendulum-v5": Task(10_000, {}),
+        "Pendulum-v1": Task(10_000, {}),
+        "InvertedDoublePendulum-v5": Task(10_000, {}),
+    },
+}
+
+
+class Algorithm(NamedTuple):
+    """
+    :param zoo: RL Zoo's name, whose tuned hyperparameters for the task hold
+    :param changes: To these hyperparameters
+    """
+
+    zoo: str
+    changes: dict[str, Any]
+
+
+VARIANTS = {
+    # The paper's "no model" (section 5): MBPO's hyperparameters, all of each batch real. The numbers are those of SAC.
+    "sac-g20": Algorithm("mbpo", {"real_ratio": 1.0, "gradient_steps": 20}),
+    "mbpo-auto": Algorithm("mbpo", {"rollout_schedule": "auto"}),
+}
+
+
+def runs(
+    suite: str,
+    envs: list[str] | None,
+    algos: list[str],
+    seeds: list[int],
+    steps: int | None,
+    eval_every: int,
+    threads: int,
+    folder: Path,
+    results: Path,
+) -> list[Run]:
+    """
+    :param suite: Name of a suite
+    :param envs: Tasks of it. None: all
+    :param algos: Algorithms: names of RL Zoo's or of ``VARIANTS``
+    :param seeds: Of each task and algorithm
+    :param steps: Environment steps of each run. None: the suite's
+    :param eval_every: Environment steps between two evaluations
+    :param threads: Of each run
+    :param folder: For checkpoints and logs
+    :param results: For the tables of evaluations
+    :return: All combinations, the seeds in the outermost loop: all curves begin before one has many seeds
+    :raises ValueError: for a task that is not in the suite, or an algorithm that RL Zoo does not know
+    """
+    from rl_zoo3.utils import ALGOS
+
+    tasks = SUITES[suite]
+    if unknown := set(envs or ()) - set(tasks):
+        raise ValueError(f"`--envs` {', '.join(sorted(unknown))}: not in the suite '{suite}', which has {', '.join(tasks)}")
+    if unknown := set(algos) - set(VARIANTS) - set(ALGOS):
+        known = ", ".join(sorted({*ALGOS, *VARIANTS}))
+        raise ValueError(f"`--algos` {', '.join(sorted(unknown))}: not among {known}")
+    return [
+        Run(
+            env=env,
+            algo=algo,
+            seed=seed,
+            steps=steps or tasks[env].steps,
+            zoo_algo=VARIANTS.get(algo, Algorithm(algo, {})).zoo,
+            changes=VARIANTS.get(algo, Algorithm(algo, {})).changes,
+            env_kwargs=tasks[env].env_kwargs,
+            eval_every=eval_every,
+            threads=threads,
+            folder=folder.absolute(),
+            results=results.absolute(),
+        )
+        for seed in seeds
+        for env in envs or tasks
+        for algo in algos
+    ]
