@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import engines, suites
+from benchmarks import engines, report, suites
+from benchmarks.results import read_all
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -16,33 +17,49 @@ def parser() -> argparse.ArgumentParser:
     """
     result = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = result.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
+    train = commands.add_parser(
         "run",
         help="train, evaluate every 1,000 steps, go on where a run was interrupted",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    run.add_argument("--suite", choices=suites.SUITES, default="paper", help="tasks and their numbers of steps")
-    run.add_argument("--envs", nargs="+", help="tasks of the suite (default: all)")
-    run.add_argument("--algos", nargs="+", default=["mbpo", "sac"], help=f"of RL Zoo, or {', '.join(suites.VARIANTS)}")
-    run.add_argument("--seeds", nargs="+", type=int, default=[0])
-    run.add_argument("--steps", type=int, help="environment steps of each run (default: the suite's)")
-    run.add_argument("--eval-every", type=int, default=1_000, help="environment steps between two evaluations")
-    run.add_argument("--jobs", type=int, default=1, help="runs at the same time (engine local)")
-    run.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="threads of each run")
-    run.add_argument("--engine", choices=["local", "ray"], default="local", help="processes of this machine, or Ray")
-    run.add_argument("--address", help="of the Ray cluster (default: one is started here)")
-    run.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables of evaluations")
-    run.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints and logs")
+    train.add_argument("--suite", choices=suites.SUITES, default="paper", help="tasks and their numbers of steps")
+    train.add_argument("--envs", nargs="+", help="tasks of the suite (default: all)")
+    train.add_argument("--algos", nargs="+", default=["mbpo", "sac"], help=f"of RL Zoo, or {', '.join(suites.VARIANTS)}")
+    train.add_argument("--seeds", nargs="+", type=int, default=[0])
+    train.add_argument("--steps", type=int, help="environment steps of each run (default: the suite's)")
+    train.add_argument("--eval-every", type=int, default=1_000, help="environment steps between two evaluations")
+    train.add_argument("--jobs", type=int, default=1, help="runs at the same time (engine local)")
+    train.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="threads of each run")
+    train.add_argument("--engine", choices=["local", "ray"], default="local", help="processes of this machine, or Ray")
+    train.add_argument("--address", help="of the Ray cluster (default: one is started here)")
+    train.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables of evaluations")
+    train.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints and logs")
+    draw = commands.add_parser(
+        "report", help="learning curves and tables", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    draw.add_argument("--results", type=Path, default=RESULTS, help="folder with the tables of evaluations")
+    draw.add_argument("--reference", type=Path, help="folder with published mean curves, drawn beside ours")
+    draw.add_argument("--out", type=Path, default=Path("report"), help="folder for PNG, SVG and Markdown")
     return result
 
 
-def main() -> None:
-    """Command line."""
-    command_line = parser()
-    args = command_line.parse_args()
+def run(args: argparse.Namespace, command_line: argparse.ArgumentParser) -> int:
+    """
+    :param args: Of ``run``
+    :param command_line: That they come from
+    :return: Exit code: whether a run failed
+    """
     try:
         runs = suites.runs(
-            args.suite, args.envs, args.algos, args.seeds, args.steps, args.eval_every, args.threads, args.runs, args.results
+            args.suite,
+            args.envs,
+            args.algos,
+            args.seeds,
+            args.steps,
+            args.eval_every,
+            args.threads,
+            args.runs,
+            args.results,
         )
     except ValueError as error:
         command_line.error(str(error))
@@ -52,7 +69,21 @@ def main() -> None:
     failures = {run.name: reason for run, reason in zip(missing, results, strict=True) if reason is not None}
     for name, reason in failures.items():
         print(f"{name} failed:\n{reason}", file=sys.stderr)
-    sys.exit(1 if failures else 0)
+    return 1 if failures else 0
+
+
+def main() -> None:
+    """Command line."""
+    command_line = parser()
+    args = command_line.parse_args()
+    if args.command == "run":
+        sys.exit(run(args, command_line))
+    try:
+        table = read_all(args.results)
+    except FileNotFoundError as error:
+        command_line.error(str(error))
+    for file in report.write(table, args.out, args.reference):
+        print(file)
 
 
 if __name__ == "__main__":

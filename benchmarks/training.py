@@ -244,7 +244,7 @@ def train(run: Run) -> None:
     try:
         with FileLock(folder / "lock", timeout=0):
             if not run.is_finished:
-                with (folder / "log.txt").open("a") as log, redirect_stdout(log):
+                with (folder / "log.txt").open("a", buffering=1) as log, redirect_stdout(log):
                     _train(run, folder)
     except Timeout as error:
         raise RuntimeError(f"{run.name} is being trained by another process, which holds {folder / 'lock'}") from error

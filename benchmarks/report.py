@@ -1,0 +1,313 @@
+"""Learning curves and tables of the evaluations: what ``python -m benchmarks report`` writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rliable import library, metrics  # type: ignore[import-untyped]
+
+# Evaluations of one episode are noisy: values in tables are means of the last so many
+WINDOW = 5
+BOOTSTRAPS = 2_000
+# Of environment steps, for which the paper's means can be quoted: its Figure 2, read from the authors' data
+MARKS = (10_000, 20_000, 50_000, 75_000, 100_000)
+PAPER = {
+    "Hopper-v5": (329, 530, 1702, 3034, 3315),
+    "Walker2d-v5": (214, 418, 836, 1953, 3476),
+    "HalfCheetah-v5": (1720, 4236, 7963, 9184, 9553),
+    "Ant-v5": (339, 683, 782, 1140, 1453),
+    "Humanoid-v5": (253, 324, 398, 470, 579),
+}
+# Readable by the colour-blind (Okabe and Ito)
+COLORS = {"mbpo": "#0072B2", "sac": "#D55E00", "sac-g20": "#E69F00", "ppo": "#009E73", "mbpo-auto": "#56B4E9"}
+SPLIT = ("env", "model", "rollouts", "updates", "compile", "eval")
+
+
+class Curve(NamedTuple):
+    """
+    Interquartile mean over seeds, with a 95 % bootstrap interval, at the steps where there are evaluations.
+
+    :param steps: Environment steps, ``(n,)``
+    :param iqm: Return, ``(n,)``
+    :param low: Lower end of the interval, ``(n,)``; that of one seed has no width
+    :param high: Upper end, ``(n,)``
+    :param n_seeds: Seeds that were trained so far, ``(n,)``
+    """
+
+    steps: np.ndarray
+    iqm: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    n_seeds: np.ndarray
+
+    def at(self, step: int) -> int | None:
+        """
+        :param step: Environment steps
+        :return: Index of the evaluation there, the last one within 1 % of it; None if there is none
+        """
+        near = np.flatnonzero((self.steps <= step) & (self.steps > 0.99 * step - 1))
+        return int(near[-1]) if len(near) else None
+
+
+def iqm_over_seeds(scores: np.ndarray) -> np.ndarray:
+    """
+    :param scores: ``(n_seeds, 1, n)``, as rliable wants them
+    :return: ``(n,)``
+    """
+    return np.array([metrics.aggregate_iqm(scores[..., i]) for i in range(scores.shape[-1])])
+
+
+def returns(table: pd.DataFrame, env: str, algo: str) -> pd.DataFrame:
+    """
+    :param table: Of evaluations
+    :param env: Task
+    :param algo: Algorithm
+    :return: Returns by step (index) and seed (column), NaN where a seed was not evaluated
+    """
+    rows = table[(table["env"] == env) & (table["algo"] == algo)]
+    # At the end there may be an evaluation of one episode and one of several
+    return rows.pivot_table(index="step", columns="seed", values="return", aggfunc="last").sort_index()
+
+
+def smoothed(values: pd.DataFrame) -> pd.DataFrame:
+    """
+    :param values: Of :func:`returns`
+    :return: Means of the last ``WINDOW`` evaluations of each seed, of fewer at the beginning
+    """
+    return values.rolling(WINDOW, min_periods=1).mean().where(values.notna())
+
+
+def curve(values: pd.DataFrame) -> Curve:
+    """
+    :param values: By step and seed; seeds may have been trained for different times
+    :return: The curve, each step over the seeds that got there
+    """
+    # Steps with the same seeds at once
+    group = (values.notna() != values.notna().shift()).any(axis=1).cumsum()
+    pieces = []
+    for _, piece in values.groupby(group):
+        scores = piece.dropna(axis=1).to_numpy().T[:, None, :]
+        point, interval = library.get_interval_estimates(
+            {"": scores}, iqm_over_seeds, reps=BOOTSTRAPS, random_state=np.random.RandomState(0)
+        )
+        n_seeds = np.full(len(piece), len(scores))
+        pieces.append((piece.index.to_numpy(), point[""], interval[""][0], interval[""][1], n_seeds))
+    return Curve(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+
+
+def all_curves(table: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
+    """
+    :param table: Of evaluations
+    :return: For each task and algorithm in it the returns by step and seed; tasks by name, algorithms as in ``COLORS``
+    """
+    order = {algo: i for i, algo in enumerate(COLORS)}
+    return {
+        env: {
+            algo: returns(table, env, algo)
+            for algo in sorted(table.loc[table["env"] == env, "algo"].unique(), key=lambda algo: (order.get(algo, 99), algo))
+        }
+        for env in sorted(table["env"].unique())
+    }
+
+
+def draw(ax: Axes, env: str, algos: dict[str, pd.DataFrame], reference: Path | None) -> None:
+    """
+    :param ax: Where
+    :param env: Task
+    :param algos: Returns of each algorithm
+    :param reference: Folder with published curves, ``mbpo_paper_<task>.csv`` with env_step, mean, half_width
+    """
+    for algo, values in algos.items():
+        drawn = curve(values)
+        color = COLORS.get(algo, "#CC79A7")
+        n_seeds = drawn.n_seeds.max()
+        ax.plot(drawn.steps, drawn.iqm, color=color, label=f"{algo}, {n_seeds} seed{'s' if n_seeds > 1 else ''}")
+        ax.fill_between(drawn.steps, drawn.low, drawn.high, color=color, alpha=0.2, linewidth=0)
+    last = max(values.index.max() for values in algos.values())
+    file = None if reference is None else reference / f"mbpo_paper_{env.split('-')[0]}.csv"
+    if file is not None and file.exists():
+        published = pd.read_csv(file)
+        published = published[published["env_step"] <= last]
+        mean, width = published["mean"], published["half_width"]
+        ax.plot(published["env_step"], mean, color="black", linestyle="--", label="paper, 5 seeds (mean)")
+        ax.fill_between(published["env_step"], mean - width, mean + width, color="black", alpha=0.1, linewidth=0)
+    elif env in PAPER:
+        marks = [(step, value) for step, value in zip(MARKS, PAPER[env], strict=True) if step <= last]
+        ax.plot([step for step, _ in marks], [value for _, value in marks], "kD", markersize=5, label="paper's mean")
+    ax.set(title=env, xlabel="environment steps", ylabel="return")
+    ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize="small")
+
+
+def figure(curves: dict[str, dict[str, pd.DataFrame]], reference: Path | None = None) -> Figure:
+    """
+    :param curves: Of :func:`all_curves`
+    :param reference: See :func:`draw`
+    :return: A learning curve for each task
+    """
+    n_columns = min(len(curves), 2)
+    n_rows = -(-len(curves) // n_columns)
+    result = Figure(figsize=(4.8 * n_columns, 3.4 * n_rows), layout="constrained")
+    axes = result.subplots(n_rows, n_columns, squeeze=False).flatten().tolist()
+    for ax, (env, algos) in zip(axes, curves.items(), strict=False):
+        draw(ax, env, algos, reference)
+    for ax in axes[len(curves) :]:
+        ax.set_visible(False)
+    return result
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """
+    :param header: Names of the columns
+    :param rows: Cells
+    :return: A table
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def in_thousands(step: int) -> str:
+    """
+    :param step: Environment steps
+    :return: Short
+    """
+    return f"{step / 1000:g}k"
+
+
+def marks_table(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
+    """
+    :param curves: Of :func:`all_curves`
+    :return: Returns at the paper's marks and at the end of each run, beside the paper's
+    """
+    rows = []
+    for env, algos in curves.items():
+        for algo, values in algos.items():
+            drawn = curve(smoothed(values))
+            cells = []
+            for mark in (*MARKS, int(drawn.steps[-1])):
+                i = drawn.at(mark)
+                n_seeds = 0 if i is None else drawn.n_seeds[i]
+                cells.append(
+                    ""
+                    if i is None
+                    else f"{drawn.iqm[i]:,.0f}"
+                    + (f" [{drawn.low[i]:,.0f}, {drawn.high[i]:,.0f}]" if n_seeds > 1 else "")
+                    + (f" ({n_seeds} of {values.shape[1]})" if n_seeds < values.shape[1] else "")
+                )
+            cells[-1] = f"{cells[-1]} at {in_thousands(int(drawn.steps[-1]))}"
+            rows.append([env, algo, str(values.shape[1]), *cells])
+        if env in PAPER:
+            rows.append([env, "*paper's mean*", "5", *(f"*{value:,}*" for value in PAPER[env]), ""])
+    return markdown(["task", "algorithm", "seeds", *(in_thousands(mark) for mark in MARKS), "end"], rows)
+
+
+def first_step(values: pd.DataFrame, level: float) -> int:
+    """
+    :param values: Returns by step and seed
+    :param level: Of return
+    :return: First step at which the mean over seeds, smoothed, is at the level
+    """
+    mean = smoothed(values).mean(axis=1)
+    return int(mean.index[mean >= level][0])
+
+
+def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list[str]]:
+    """
+    :param curves: Of :func:`all_curves`
+    :return: For each algorithm beside SAC the level that both got to, and their steps to it
+    """
+    for env, algos in curves.items():
+        if "sac" not in algos:
+            continue
+        for algo, values in algos.items():
+            if algo == "sac":
+                continue
+            level = min(smoothed(each).mean(axis=1).max() for each in (values, algos["sac"]))
+            own, sac = first_step(values, level), first_step(algos["sac"], level)
+            yield [env, algo, f"{level:,.0f}", f"{own:,}", f"{sac:,}", f"{sac / own:.1f}"]
+
+
+def seconds_table(table: pd.DataFrame) -> str:
+    """
+    :param table: Of evaluations
+    :return: Hours of the runs, and where they went
+    """
+    rows = []
+    last = table.sort_values("step").groupby(["env", "algo", "seed"]).tail(1)
+    for (env, algo), runs in last.groupby(["env", "algo"]):
+        wall = runs["wall_seconds"].sum()
+        shares = [runs[f"{what}_seconds"].sum(min_count=1) / wall for what in SPLIT]
+        per_step = wall / runs["step"].sum()
+        rows.append(
+            [
+                *(str(env), str(algo), f"{len(runs)}", f"{runs['step'].mean():,.0f}", f"{wall / len(runs) / 3600:.2f}"),
+                f"{per_step * 1000:,.0f}",
+                *("" if np.isnan(share) else f"{share:.0%}" for share in shares),
+                ", ".join(sorted({f"{n}" for n in runs["threads"]})),
+            ]
+        )
+    header = ["task", "algorithm", "runs", "steps", "hours per run", "s per 1,000 steps", *SPLIT, "threads"]
+    return markdown(header, rows)
+
+
+def versions_table(table: pd.DataFrame) -> str:
+    """
+    :param table: Of evaluations
+    :return: What the runs were made with
+    """
+    columns = ["commit", "python", "sb3_mbpo", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "mujoco", "machine"]
+    seen = table.fillna("").groupby(columns).size().reset_index(name="evaluations")
+    return markdown([*columns, "evaluations"], [[str(cell) for cell in row] for row in seen.to_numpy()])
+
+
+def tables(table: pd.DataFrame) -> str:
+    """
+    :param table: Of evaluations
+    :return: All tables, Markdown
+    """
+    curves = all_curves(table)
+    return "\n".join(
+        [
+            "## Return",
+            "",
+            f"Interquartile mean over seeds of the mean of the last {WINDOW} evaluations, with 95 % bootstrap intervals.",
+            "",
+            marks_table(curves),
+            "## Sample efficiency",
+            "",
+            "Environment steps until the mean over seeds, smoothed in the same way, is at the highest level that both got to.",
+            "",
+            markdown(["task", "algorithm", "return", "its steps", "SAC's steps", "ratio"], list(efficiency_rows(curves))),
+            "## Wall-clock",
+            "",
+            "Shares of the training time, but for `eval` (evaluations and checkpoints), which is not in it.",
+            "",
+            seconds_table(table),
+            "## Versions",
+            "",
+            versions_table(table),
+        ]
+    )
+
+
+def write(table: pd.DataFrame, out: Path, reference: Path | None = None) -> list[Path]:
+    """
+    :param table: Of evaluations
+    :param out: Folder
+    :param reference: See :func:`draw`
+    :return: The files written
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = figure(all_curves(table), reference)
+    files = [out / "curves.png", out / "curves.svg", out / "tables.md"]
+    drawn.savefig(files[0], dpi=120)
+    # Without what differs in every file
+    drawn.savefig(files[1], metadata={"Date": None})
+    files[2].write_text(tables(table))
+    return files
