@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,12 @@ class DynamicsCallback(BaseCallback):
                 source = "learned from the replay buffer, as it is not known for this environment or its wrappers"
             print(f"Termination of model rollouts: {source}")
 
+    def _on_training_start(self) -> None:
+        # What the first reset returned, which is stored with the first step
+        vec_normalize = self.model.get_vec_normalize_env()
+        observation = self.model._last_obs if vec_normalize is None else vec_normalize.get_original_obs()
+        self._refuse_non_finite("Observations", arrays(observation), "its `reset()`")
+
     def _on_step(self) -> bool:
         # Here, before the transition is stored
         new_obs, rewards = self.locals["new_obs"], self.locals["rewards"]
@@ -99,17 +105,21 @@ class DynamicsCallback(BaseCallback):
             # Normalised values are clipped: an infinity would not show
             new_obs, rewards = vec_normalize.get_original_obs(), vec_normalize.get_original_reward()
         last_obs = [info["terminal_observation"] for info in self.locals["infos"] if "terminal_observation" in info]
-        observations = [array for observation in (new_obs, *last_obs) for array in arrays(observation)]
         if vec_normalize is not None and self.model.uses_model:
             self._warn_of_clipping(vec_normalize, last_obs)
-        for name, values in (("Observations", observations), ("Rewards", [rewards])):
-            for value in values:
-                if not np.isfinite(value).all():
-                    raise ValueError(
-                        f"{name} must be finite numbers, but at step {self.num_timesteps} the environment returned {value}. "
-                        "Check its `step()`, for instance with `stable_baselines3.common.vec_env.VecCheckNan`."
-                    )
+        observations = [array for observation in (new_obs, *last_obs) for array in arrays(observation)]
+        self._refuse_non_finite("Observations", observations, "its `step()`")
+        self._refuse_non_finite("Rewards", [rewards], "its `step()`")
         return True
+
+    def _refuse_non_finite(self, name: str, values: Iterable[np.ndarray], where: str) -> None:
+        for value in values:
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"{name} must be finite numbers, but at step {self.num_timesteps} the environment returned {value}. "
+                    f"Check {where}, for instance with `stable_baselines3.common.vec_env.VecCheckNan`. If it was normalised "
+                    "(`VecNormalize`), make a new environment: its statistics are not finite any more."
+                )
 
     def _warn_of_clipping(self, vec_normalize: VecNormalize, last_obs: list[Any]) -> None:
         """SB3 stores what it can undo of the normalisation of an episode's last observation."""

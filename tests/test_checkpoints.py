@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_mbpo import MBPO, __version__
 from sb3_mbpo.checkpoints import atomic_file
@@ -77,11 +78,55 @@ def test_goes_on_in_another_process(agent, saved, tmp_path):
     assert_same_parameters(*(MBPO.load(tmp_path / f"resumed{i}.zip") for i in range(2)))
 
 
+class Watch(BaseCallback):
+    """Notes what the agent is doing at each step, and saves it once, between two steps."""
+
+    def __init__(self, folder=None, at_step=None):
+        super().__init__()
+        self.folder, self.at_step, self.seen = folder, at_step, {}
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_start(self):
+        agent = self.model
+        self.seen[agent.num_timesteps] = {
+            "updates": agent._n_updates,
+            "transitions": agent.replay_buffer.size(),
+            "rollout_length": agent.rollout_length,
+            "trainings of the model": int(agent.dynamics.n_fits),
+            "last training": agent.last_model_training,
+            "learning rate": agent.actor.optimizer.param_groups[0]["lr"],
+            "episode": agent._episode_num,
+        }
+        if agent.num_timesteps == self.at_step:
+            agent.save(self.folder / "agent")
+            agent.save_replay_buffer(self.folder / "buffer")
+
+
+def test_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """An agent that was saved at step 120 of 220 does at each later step what the one does that was not interrupted."""
+    kwargs = dict(rollout_schedule=[100, 200, 1, 5], learning_rate=LinearSchedule(1e-3, 1e-4, 1.0))
+    agent, whole = make_agent(CountingEnv(episode_length=20), **kwargs), Watch(tmp_path, at_step=120)
+    agent.learn(220, callback=whole)
+    resumed, rest = MBPO.load(tmp_path / "agent", env=CountingEnv(episode_length=20)), Watch()
+    resumed.load_replay_buffer(tmp_path / "buffer")
+    resumed.learn(100, callback=rest, reset_num_timesteps=False)
+    assert list(rest.seen) == list(range(120, 220))
+    for step, seen in rest.seen.items():
+        assert seen == whole.seen[step], step
+    # Something happened meanwhile
+    first, last = rest.seen[120], rest.seen[219]
+    assert all(last[name] > first[name] for name in first if name != "learning rate")
+    assert last["learning rate"] < first["learning rate"]
+
+
 # --- Killed -------------------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.utils import LinearSchedule
 from sb3_mbpo import callbacks
 from sb3_mbpo.dynamics import training
 

@@ -190,6 +190,35 @@ def test_non_finite_environment_under_vec_normalize(where, training):
         agent.learn(100)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"real_ratio": 1}], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_non_finite_first_observation(normalize, kwargs):
+    """Of the first reset alone, also of an environment that is set later: nothing of it is stored."""
+
+    def faulty():
+        env = CountingEnv()
+        reset = env.reset
+
+        def first_reset(**kwargs):
+            env.reset = reset
+            obs, info = reset(**kwargs)
+            return obs * np.nan, info
+
+        env.reset = first_reset
+        env = DummyVecEnv([lambda: env])
+        return VecNormalize(env) if normalize else env
+
+    agent = make_agent(faulty(), **kwargs)
+    with pytest.raises(ValueError, match=r"Observations must be finite numbers, but at step 0 .*nan.*`reset\(\)`"):
+        agent.learn(100)
+    assert agent.replay_buffer.size() == 0
+    agent = make_agent(VecNormalize(DummyVecEnv([CountingEnv])) if normalize else CountingEnv(), **kwargs).learn(70)
+    agent.set_env(faulty())
+    with pytest.raises(ValueError, match=r"but at step 70 .*nan.*`reset\(\)`"):
+        agent.learn(50, reset_num_timesteps=False)
+    assert agent.replay_buffer.size() == 70
+
+
 @pytest.mark.parametrize("array", ["observations", "next_observations", "rewards", "actions"])
 @pytest.mark.parametrize("real_ratio", [0.05, 0.5, 1.0])
 def test_non_finite_replay_buffer(array, real_ratio, tmp_path):

@@ -202,7 +202,7 @@ def test_rounding_noise_is_no_target(noise):
 def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
     """RL Zoo saves the agent after Ctrl-C."""
     agent = make_agent().learn(62)
-    before = deepcopy(agent.dynamics.state_dict())
+    before, adam = deepcopy(agent.dynamics.state_dict()), deepcopy(agent.dynamics.optimizer.state_dict())
     epochs, train_epoch = [], training.train_epoch
 
     def interrupted(*args):
@@ -215,6 +215,13 @@ def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         agent.learn(60, reset_num_timesteps=False)
     assert len(epochs) == 2 and same(before, agent.dynamics.state_dict()) and not agent.dynamics.training
+    assert_same_adam(adam, agent.dynamics.optimizer.state_dict())
+
+
+def assert_same_adam(before, after):
+    assert before["param_groups"] == after["param_groups"] and len(before["state"]) == len(after["state"]) > 0
+    for key, state in before["state"].items():
+        assert state["step"] > 0 and same(state, after["state"][key])
 
 
 def test_scaled_targets_are_learned_as_well_as_others():
@@ -328,13 +335,14 @@ def test_other_errors_of_train_pass(monkeypatch):
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_diverging_model(compile, tmp_path):
     agent = make_agent(learning_starts=400, compile=compile).learn(401)
-    before = deepcopy(agent.dynamics.state_dict())
+    before, adam = deepcopy(agent.dynamics.state_dict()), deepcopy(agent.dynamics.optimizer.state_dict()["state"])
     agent.set_logger(configure(str(tmp_path), ["csv"]))
     agent.model_learning_rate = 1e30
     with pytest.raises(DivergenceError, match=r"dynamics model diverged.*`model_learning_rate`"):
         agent.learn(60, reset_num_timesteps=False)
     assert logged(tmp_path)["model/diverged"] == "1"
     assert same(before, agent.dynamics.state_dict())
+    assert all(same(adam[key], state) for key, state in agent.dynamics.optimizer.state_dict()["state"].items())
     assert isinstance(DivergenceError(), ValueError), "what RL Zoo prunes a trial at"
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch as th
@@ -209,7 +210,7 @@ def fit(
     :param compiled_step: What :func:`train_step` was compiled to
     :return: Losses and number of epochs
     :raises ValueError: if there are fewer than two rows, or if a row is not finite
-    :raises DivergenceError: if training diverges; the ensemble then has the weights it had before
+    :raises DivergenceError: if training diverges; the ensemble and its optimizer are then as they were before
     """
     if len(inputs) < 2:
         raise ValueError(f"The dynamics model needs at least 2 transitions to train on, not {len(inputs)}")
@@ -220,7 +221,7 @@ def fit(
             raise ValueError(f"The {name} of transition {row} are not finite: {array[row].tolist()}")
 
     train, holdout = split_holdout(len(inputs), inputs.device)
-    before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
+    before = deepcopy([ensemble.state_dict(), ensemble.optimizer.state_dict()])
     best = BestWeights(ensemble)
     ensemble.set_stats(inputs[train], targets[train])
     indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
@@ -244,8 +245,8 @@ def fit(
             epochs_since_improvement = 0 if best.update(mse) else epochs_since_improvement + 1
     # An interruption too: what is saved then must not be half-trained
     except BaseException:
-        ensemble.load_state_dict(before)
-        ensemble.optimizer.state.clear()
+        ensemble.load_state_dict(before[0])
+        ensemble.optimizer.load_state_dict(before[1])
         ensemble.eval()
         raise
     ensemble.eval()
