@@ -96,6 +96,7 @@ class DynamicsCallback(BaseCallback):
         # What the first reset returned, which is stored with the first step
         vec_normalize = self.model.get_vec_normalize_env()
         observation = self.model._last_obs if vec_normalize is None else vec_normalize.get_original_obs()
+        assert observation is not None
         self._refuse_non_finite("Observations", arrays(observation), "its `reset()`")
 
     def _on_step(self) -> bool:
@@ -257,12 +258,7 @@ class DynamicsCallback(BaseCallback):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
             )
-            obs = self._start_states(transitions)
-            start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)]
-            n_generated = 0
-            for step in self.model_env.rollout(start, length):
-                agent.model_buffer.extend(step)
-                n_generated += len(step.obs)
+            n_generated = self.model_env.fill_buffer(self._start_states(transitions))
         self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
         self.logger.record("model/rollout_length", length)
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)

@@ -247,6 +247,8 @@ class MBPO(SAC):
 
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
+        # Whether it was trained in one, for whoever loads it
+        self.uses_vec_normalize = False
         # That saved it, if it was loaded
         self.sb3_mbpo_version = __version__
         self.last_model_training = 0
@@ -613,6 +615,7 @@ class MBPO(SAC):
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if reset_num_timesteps:
             self._steps_before_reset += steps
+        self.uses_vec_normalize = self.get_vec_normalize_env() is not None
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         # The environment may have changed
         self._model_env = None

@@ -76,6 +76,20 @@ class ModelEnv:
                     break
         return rewards.cumsum(dim=1)
 
+    def fill_buffer(self, obs: th.Tensor) -> int:
+        """
+        Add ``rollout_batch_size`` rollouts of the agent's present length to its model buffer.
+
+        :param obs: In which they start, any of them with the same probability, ``(n, obs_dim)``
+        :return: How many transitions there were
+        """
+        agent, n_generated = self.agent, 0
+        start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)]
+        for step in self.rollout(start, agent.rollout_length):
+            agent.model_buffer.extend(step)
+            n_generated += len(step.obs)
+        return n_generated
+
     def step(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, Transitions]:
         """
         One step (see :func:`sb3_mbpo.dynamics.rollouts.model_step`).

@@ -134,7 +134,7 @@ def error_slope(policy_shifts: np.ndarray, model_errors: np.ndarray) -> float:
     """
     if len(policy_shifts) < 2 or np.ptp(policy_shifts) == 0:
         raise ValueError(f"The slope needs at least two different `policy_shifts`, not {policy_shifts!r}")
-    return float(np.polynomial.Polynomial.fit(policy_shifts, model_errors, deg=1).convert().coef[1])
+    return float(np.polynomial.polynomial.polyfit(policy_shifts, model_errors, deg=1)[1])
 
 
 def total_variation_from_kl(kl: th.Tensor) -> th.Tensor:

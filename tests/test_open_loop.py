@@ -239,9 +239,9 @@ def test_measured_on_what_was_not_trained_on(monkeypatch, logged):
     assert [obs.tolist() for obs in seen] == [stored[61:91].tolist(), stored[91:121].tolist()]
     names = {name for name, _ in logged if name.startswith("open_loop/")}
     kinds = ("error", "std", "inside_1_sigma", "inside_2_sigma", "r2", "reward_r2")
-    assert names == {f"open_loop/{kind}_{step}" for kind in kinds for step in (1, 2, 5, 10)}
+    assert names == {f"open_loop/{kind}_{step}" for kind in kinds for step in (1, 2, 5, 10, 20)}
     assert all(len(name) <= 36 and np.isfinite(value) for name, value in logged if name in names)
-    assert agent.open_loop_error.steps == list(range(1, 11)) and agent.open_loop_error.n_windows[0] == 30
+    assert agent.open_loop_error.steps == list(range(1, 21)) and agent.open_loop_error.n_windows[0] == 30
 
 
 def test_theory_of_a_policy_that_does_not_change(logged):
@@ -269,13 +269,17 @@ def test_policy_shift_is_that_between_two_trainings(logged):
     # KL of two Gaussians of the same width is (shift / std)^2 / 2
     expected = (0.01 / log_std.exp() / 2).mean().item()
     assert value == pytest.approx(expected, rel=0.05)
+    # Nothing is said of the slope where the policy has not moved
+    (slope,) = [value for name, value in logged if name == "theory/error_slope"]
+    error = [value for name, value in logged if name == "theory/model_error"][-1]
+    assert slope == pytest.approx(error / value)
 
 
 def test_without_a_discount_there_is_no_best_length(logged):
     """And no limit to it, which must not end a training."""
     make_agent(gamma=1.0, model_train_freq=30).learn(125)
     names = {name for name, _ in logged if name.startswith("theory/")}
-    assert names == {"theory/model_error", "theory/policy_shift"}
+    assert names == {"theory/model_error", "theory/policy_shift", "theory/error_slope"}
 
 
 def test_a_perfect_model_is_good_for_the_whole_horizon(logged, monkeypatch):

@@ -109,6 +109,8 @@ def test_error_slope_and_the_line_that_it_belongs_to():
     assert error_slope(shifts, 0.05 + 0.5 * shifts) == pytest.approx(0.5)
     # Least squares: residuals that are orthogonal to the line do not tilt it
     assert error_slope(np.array([0.0, 1, 2]), np.array([1.0, -2, 1]) + 3 * np.array([0.0, 1, 2])) == pytest.approx(3)
+    assert error_slope(shifts, np.full(4, 0.1)) == pytest.approx(0, abs=1e-12)
+    assert error_slope(np.array([0, 0.1]), np.zeros(2)) == 0
     assert current_model_error(0.05, 0.4, 0.5) == pytest.approx(0.25)
     assert current_model_error(0.5, 1, 2) == 1
     with pytest.raises(ValueError, match="two different"):

@@ -3,16 +3,20 @@
 import argparse
 import importlib
 import json
-from collections.abc import Sequence
+import math
+import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gymnasium as gym
+import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_mbpo.buffers import n_transitions, real_transitions
 from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
@@ -25,6 +29,24 @@ from sb3_mbpo.model_env import ModelEnv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# Makes --seed 0 another seed than an agent's 0
+SEED_OF_DIAGNOSTICS = (4, 3)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """
+    :param minimum: Of an argument
+    :return: That reads it
+    """
+
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, not {text}")
+        return int(text)
+
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,14 +69,14 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--replay-buffer", help="the agent's, as written by save_replay_buffer")
         command.add_argument("--vec-normalize", help="statistics of VecNormalize, if the agent was trained with it")
         command.add_argument("--later", nargs="+", default=[], help="zips of later agents, for policy-shift")
-        command.add_argument("--data-sizes", nargs="+", type=int, default=[500, 1_000, 2_000], help="for policy-shift")
-        command.add_argument("--steps", type=int, default=2_000, help="environment steps to collect")
-        command.add_argument("--horizon", type=int, default=25, help="steps of a rollout")
-        command.add_argument("--return-horizon", type=int, default=200, help="steps of a return")
+        command.add_argument("--data-sizes", nargs="+", type=at_least(2), default=[500, 1_000, 2_000], help="for policy-shift")
+        command.add_argument("--steps", type=at_least(1), default=2_000, help="environment steps to collect")
+        command.add_argument("--horizon", type=at_least(1), default=25, help="steps of a rollout")
+        command.add_argument("--return-horizon", type=at_least(1), default=200, help="steps of a return")
         command.add_argument(
-            "--columns", nargs="+", type=int, default=[0, 1, 2, 3], help="dimensions of the observation to show"
+            "--columns", nargs="+", type=at_least(0), default=[0, 1, 2, 3], help="dimensions of the observation to show"
         )
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=at_least(0), default=0)
         command.add_argument("--out", default=".", help="folder for what is written")
     return result
 
@@ -65,14 +87,24 @@ class Measured:
     def __init__(self, arguments: argparse.Namespace) -> None:
         for package in arguments.gym_packages:
             importlib.import_module(package)
+        for path in filter(None, (arguments.replay_buffer, arguments.vec_normalize)):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"There is no file {path}")
         self.arguments = arguments
-        set_random_seed(arguments.seed)
         self.env = self._make_env()
         self.agent = MBPO.load(arguments.agent, env=self.env, verbose=0)
         if not self.agent.dynamics.is_fitted:
             raise ValueError(f"The model of {arguments.agent} has not been trained yet")
+        if self.agent.uses_vec_normalize and arguments.vec_normalize is None:
+            raise ValueError(f"{arguments.agent} was trained in VecNormalize: pass its statistics with --vec-normalize")
         if arguments.replay_buffer is not None:
             self.agent.load_replay_buffer(arguments.replay_buffer)
+        self.later = [MBPO.load(path, env=self.env, verbose=0) for path in arguments.later]
+        # Each agent that is loaded seeds everything with its own seed. With another one, no episode begins as one did that the
+        # model was trained on.
+        seed = int(np.random.SeedSequence([*SEED_OF_DIAGNOSTICS, arguments.seed]).generate_state(1)[0])
+        set_random_seed(seed)
+        self.env.seed(seed)
         self.model_env = ModelEnv(self.agent, self.env)
         print(f"Collecting {arguments.steps:,} steps of {arguments.env} with the agent's stochastic policy")
         self.trajectories = collect(self.agent, self.env, arguments.steps)
@@ -82,11 +114,28 @@ class Measured:
 
     def _make_env(self) -> VecEnv:
         arguments = self.arguments
-        env: VecEnv = make_vec_env(arguments.env, seed=arguments.seed, env_kwargs=arguments.env_kwargs)
+        try:
+            env: VecEnv = make_vec_env(arguments.env, env_kwargs=arguments.env_kwargs)
+        except TypeError as error:
+            raise ValueError(f"{arguments.env} cannot be made with --env-kwargs {arguments.env_kwargs}: {error}") from error
         if arguments.vec_normalize is not None:
-            env = VecNormalize.load(arguments.vec_normalize, env)
+            try:
+                env = VecNormalize.load(arguments.vec_normalize, env)
+            # What else a pickle may be
+            except (pickle.UnpicklingError, AttributeError, EOFError, AssertionError) as error:
+                raise ValueError(f"{arguments.vec_normalize} has no statistics of VecNormalize for it: {error}") from error
             env.training = False
         return env
+
+    def start_states(self) -> th.Tensor:
+        """
+        :return: In which model rollouts may start: those of the replay buffer or, without it, of the trajectories
+        """
+        buffer = self.agent.replay_buffer
+        assert buffer is not None
+        if n_transitions(buffer) > 0:
+            return real_transitions(buffer, self.agent.device).obs
+        return th.cat([trajectory.obs for trajectory in self.trajectories])
 
     def returns(self) -> Returns:
         """
@@ -102,7 +151,7 @@ class Measured:
         arguments = self.arguments
         if arguments.replay_buffer is None and not arguments.later:
             raise ValueError("policy-shift needs --replay-buffer, to train the policy further, or --later")
-        policies = [MBPO.load(path, env=self.env, verbose=0) for path in arguments.later] or continued(self.model_env)
+        policies = self.later or continued(self.model_env)
         n_more = max(arguments.data_sizes) - sum(len(trajectory.obs) for trajectory in self.trajectories)
         more = collect(self.agent, self.env, n_more) if n_more > 0 else []
         data = Transitions(*map(th.cat, zip(*self.trajectories, *more, strict=True)))
@@ -115,13 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = parser().parse_args(argv)
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         measured = Measured(arguments)
         {"open-loop": _open_loop, "exploitation": _exploitation, "policy-shift": _policy_shift, "report": _report}[
             arguments.command
         ](measured, out)
-    except (ValueError, FileNotFoundError, gym.error.Error) as error:
+    except (ValueError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(f"error: {error}") from error
 
 
@@ -137,8 +186,10 @@ def _open_loop(measured: Measured, out: Path) -> None:
     for row, step in enumerate(error.steps):
         inside = [share[row, 1:][varies].mean().item() for share in error.inside]
         numbers = [error.relative()[row].item(), error.relative("std")[row].item(), *inside]
-        median = r2[row, 1:][varies].nanmedian().item()
-        print(f"{step:>4} " + " ".join(f"{number:>8.3f}" for number in [*numbers, median]) + f" {r2[row, 0].item():>9.3f}")
+        median, reward = r2[row, 1:][varies].nanmedian().item(), r2[row, 0].item()
+        # There is none of a reward that does not vary
+        last = f"{'-':>9}" if math.isnan(reward) else f"{reward:>9.3f}"
+        print(f"{step:>4} " + " ".join(f"{number:>8.3f}" for number in [*numbers, median]) + f" {last}")
     _save(figures.plot_error(error), out / "open_loop.png")
     _save(figures.plot_dimensions(error), out / "dimensions.png")
     _save(figures.plot_replay(replay(measured.model_env, measured.longest), measured.columns), out / "replay.png")
@@ -180,6 +231,9 @@ def _report(measured: Measured, out: Path) -> None:
         left_out.append(report.Finding("Does the policy exploit the model?", "not measured", str(error)))
     print("Values")
     try:
+        if agent.model_buffer.size() == 0 and agent.uses_generated_data:
+            # A zip does not hold it
+            measured.model_env.fill_buffer(measured.start_states())
         found, section = report.of_values(value_check(agent, measured.trajectories))
         findings += found
         sections.append(section)
@@ -187,9 +241,12 @@ def _report(measured: Measured, out: Path) -> None:
         left_out.append(report.Finding("Are Q-values right?", "not measured", str(error)))
     if arguments.replay_buffer is not None or arguments.later:
         print("Policy shift")
-        found, section = report.of_shift(measured.policy_shift(), agent.gamma)
-        findings += found
-        sections.append(section)
+        try:
+            found, section = report.of_shift(measured.policy_shift(), agent.gamma)
+            findings += found
+            sections.append(section)
+        except ValueError as error:
+            left_out.append(report.Finding("What does the paper's bound say?", "not measured", str(error)))
     else:
         left_out.append(report.Finding("What does the paper's bound say?", "not measured", "It needs --replay-buffer."))
     path = out / "report.html"

@@ -7,9 +7,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 
 from sb3_mbpo.buffers import recent_trajectories
-from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_values
+from sb3_mbpo.diagnostics.exploitation import returns
+from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_returns, plot_values
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
 from sb3_mbpo.diagnostics.values import value_check
+from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.model_env import ModelEnv
 
 if TYPE_CHECKING:
@@ -17,31 +19,42 @@ if TYPE_CHECKING:
 
     from sb3_mbpo.mbpo import MBPO
 
-# Real transitions whose values are checked: some episodes, of policies that are not yet old
-N_VALUES = 2_000
+# Real transitions whose values and returns are checked: some episodes, of policies that are not yet old
+N_OWN = 2_000
 
 
 class DiagnosticsCallback(BaseCallback):
     """
-    Just before the model is trained again: its error on the transitions that it has not seen, dimension by dimension, and
-    Q-values beside the returns that came. Nothing is held back from training, no step is made in an environment. Figures go to
-    TensorBoard. What is cheap, :class:`~sb3_mbpo.MBPO` logs without it (``open_loop/``, ``theory/``).
+    Just before the model is trained again: its error on the transitions that it has not seen, dimension by dimension; and
+    Q-values beside the returns that came, and returns under the model beside those in the environment, of the latest
+    policies. Nothing is held back from training, no step is made in an environment. Figures go to
+    TensorBoard, and numbers are written at once. What is cheap, :class:`~sb3_mbpo.MBPO` logs without it (``open_loop/``,
+    ``theory/``).
 
     In a YAML of RL Zoo: ``callback: sb3_mbpo.diagnostics.DiagnosticsCallback``.
 
     :param freq: Environment steps from one time to the next; rounded up to trainings of the model
     :param horizon: Steps of a rollout
+    :param return_horizon: Steps of the returns under the model and in the environment
     :param columns: Dimensions of the observation to replay in a figure, the first four if None
     :param verbose: Verbosity level: 0 for no output, 1 for info messages
     """
 
     model: "MBPO"
 
-    def __init__(self, freq: int = 1_000, horizon: int = 25, columns: list[int] | None = None, verbose: int = 0) -> None:
+    def __init__(
+        self,
+        freq: int = 1_000,
+        horizon: int = 25,
+        columns: list[int] | None = None,
+        verbose: int = 0,
+        return_horizon: int = 100,
+    ) -> None:
         super().__init__(verbose)
-        if freq < 1 or horizon < 1:
-            raise ValueError(f"`freq` and `horizon` must be 1 or more, not {freq!r} and {horizon!r}")
-        self.freq, self.horizon, self.columns = freq, horizon, columns
+        for name, value in (("freq", freq), ("horizon", horizon), ("return_horizon", return_horizon)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, not {value!r}")
+        self.freq, self.horizon, self.columns, self.return_horizon = freq, horizon, columns, return_horizon
         self.last_time = 0
 
     def _on_training_start(self) -> None:
@@ -54,10 +67,10 @@ class DiagnosticsCallback(BaseCallback):
         if is_due and agent.dynamics.is_fitted:
             self.last_time = now
             # This step's transitions are not stored yet
-            self._measure(now - agent.last_model_training - agent.n_envs)
+            self._measure(now, now - agent.last_model_training - agent.n_envs)
         return True
 
-    def _measure(self, n_new: int) -> None:
+    def _measure(self, now: int, n_new: int) -> None:
         agent = self.model
         assert agent.replay_buffer is not None
         trajectories = recent_trajectories(agent.replay_buffer, n_new, agent.device)
@@ -73,18 +86,38 @@ class DiagnosticsCallback(BaseCallback):
             self._show("error", plot_error(error))
             self._show("dimensions", plot_dimensions(error))
             self._show("replay", plot_replay(replay(self.model_env, longest), [0, *(1 + column for column in columns)]))
-        older = recent_trajectories(agent.replay_buffer, N_VALUES, agent.device)
-        try:
-            check = value_check(agent, older)
-        except ValueError as error:
-            if self.verbose >= 1:
-                print(f"Values are not checked: {error}")
-            return
+        # Not of the random warm-up, whose actions no policy would take
+        n_acted = now - agent.learning_starts - agent.n_envs
+        own = recent_trajectories(agent.replay_buffer, min(N_OWN, n_acted), agent.device) if n_acted > 0 else []
+        self._measure_own(own)
+        # Written now, as by SB3's EvalCallback: later values would take the place of these
+        self.logger.dump(self.num_timesteps)
+
+    def _measure_own(self, trajectories: list[Transitions]) -> None:
+        """What depends on who acted: on trajectories of the latest policies."""
+        for measure in (self._measure_values, self._measure_returns):
+            try:
+                if trajectories:
+                    measure(trajectories)
+            except ValueError as error:
+                if self.verbose >= 1:
+                    print(f"Not measured: {error}")
+
+    def _measure_values(self, trajectories: list[Transitions]) -> None:
+        check = value_check(self.model, trajectories)
         for name, values in (("q_real", check.q_real), ("q_model", check.q_model), ("returns", check.returns)):
             if len(values) > 0:
                 self.logger.record(f"diagnostics/{name}", float(values.mean()))
         self.logger.record("diagnostics/q_bias", check.bias())
         self._show("values", plot_values(check))
+
+    def _measure_returns(self, trajectories: list[Transitions]) -> None:
+        measured = returns(self.model_env, trajectories, self.return_horizon)
+        self.logger.record("diagnostics/real_return", float(measured.real.mean()))
+        self.logger.record("diagnostics/model_return", float(measured.model.mean()))
+        if not math.isnan(measured.correlation()):
+            self.logger.record("diagnostics/return_correlation", measured.correlation())
+        self._show("exploitation", plot_returns(measured))
 
     def _show(self, name: str, figure: "MatplotlibFigure") -> None:
         self.logger.record(f"figures/{name}", Figure(figure, close=False), exclude=("stdout", "log", "json", "csv"))

@@ -67,7 +67,8 @@ def plot_dimensions(error: OpenLoopError) -> Figure:
     figure, (ax,) = _axes(1)
     x, width = np.arange(r2.shape[1]), 0.8 / len(rows)
     for i, row in enumerate(rows):
-        values = np.nan_to_num(r2[row], nan=0, neginf=-1).clip(-1, 1)
+        # No bar for what does not vary
+        values = r2[row].clip(-1, 1)
         ax.bar(
             x + (i - (len(rows) - 1) / 2) * width,
             values,
@@ -136,7 +137,8 @@ def plot_returns(returns: Returns) -> Figure:
     )
     both = [min(returns.real.min(), returns.model.min()), max(returns.real.max(), returns.model.max())]
     lower.plot(both, both, color="gray", linestyle=":", linewidth=1)
-    title = f"From {len(returns.real)} states: correlation {returns.correlation():.2f}"
+    correlation = returns.correlation()
+    title = f"From {len(returns.real)} states" + ("" if np.isnan(correlation) else f": correlation {correlation:.2f}")
     lower.set(xlabel="return in the environment", ylabel="return in the model")
     lower.set_title(title, fontsize="medium")
     return figure

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.logger import Logger
 
@@ -9,7 +10,7 @@ from sb3_mbpo.buffers import normalized, recent_trajectories
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.spaces import unflatten
-from sb3_mbpo.theory import gaussian_kl, model_error_from_nll, optimal_rollout_length, policy_shift_from_kl
+from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, optimal_rollout_length, policy_shift_from_kl
 
 if TYPE_CHECKING:
     from stable_baselines3.sac.policies import Actor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sb3_mbpo.model_env import ModelEnv
 
 # Steps of a rollout at which errors are logged
-LOGGED_STEPS = (1, 2, 5, 10)
+LOGGED_STEPS = (1, 2, 5, 10, 20)
 # Enough for two digits, and cheap beside a training
 MAX_WINDOWS = 200
 N_PARTICLES = 25
@@ -92,6 +93,9 @@ class LiveDiagnostics:
         error = model_error_from_nll(self._nll(recent), self._reference_nll)
         agent.logger.record("theory/model_error", error)
         agent.logger.record("theory/policy_shift", shift)
+        if shift > 0:
+            # From no shift and no error, where the model was trained, to here
+            agent.logger.record("theory/error_slope", error_slope(np.array([0, shift]), np.array([0, error])))
         if 0 <= agent.gamma < 1:
             # Rollouts beyond the effective horizon change nothing
             longest = 1 / (1 - agent.gamma)

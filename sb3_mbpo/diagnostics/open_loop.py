@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch as th
 
+from sb3_mbpo.buffers import n_transitions, real_transitions
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop, open_loop_error, windows
 from sb3_mbpo.dynamics.rollouts import Transitions
 
@@ -68,13 +69,19 @@ def error_by_step(
     :param horizon: Up to which step
     :param max_windows: Most starts
     :param n_particles: Model trajectories from each start
-    :return: See :class:`sb3_mbpo.dynamics.open_loop.OpenLoopError`
+    :return: See :class:`sb3_mbpo.dynamics.open_loop.OpenLoopError`. Its scale is that of the replay buffer or, if that was
+        not loaded, of the trajectories
     """
+    buffer = model_env.agent.replay_buffer
+    assert buffer is not None
+    # As in the log, in units of all real data
+    has_data = n_transitions(buffer) > 1
+    data = real_transitions(buffer) if has_data else Transitions(*map(th.cat, zip(*trajectories, strict=True)))
     return open_loop_error(
         model_env.agent.dynamics,
         windows(trajectories, horizon, max_windows),
         range(1, horizon + 1),
-        data_scale(Transitions(*map(th.cat, zip(*trajectories, strict=True)))),
+        data_scale(data).to(trajectories[0].obs),
         n_particles,
         model_env.reward,
         model_env.goal_dims,

@@ -56,8 +56,8 @@ def policy_shift(
     policies: Sequence["MBPO"],
     env: VecEnv,
     data_sizes: Sequence[int] = (500, 1_000, 2_000),
-    n_steps: int = 500,
-    max_epochs: int | None = 20,
+    n_steps: int = 1_000,
+    max_epochs: int | None = 100,
 ) -> PolicyShift:
     """
     Train models on data of the agent's policy, and measure them on data of other policies.
@@ -68,7 +68,7 @@ def policy_shift(
     :param env: See :func:`sb3_mbpo.diagnostics.trajectories.collect`
     :param data_sizes: How many of the transitions to train on
     :param n_steps: Environment steps to collect with the agent's and with each other policy
-    :param max_epochs: Of each training of a model
+    :param max_epochs: Of each training of a model; up to 4,000 transitions an epoch has as many steps of Adam for each size
     :return: Errors; the first policy is the agent's own, on data not trained on
     :raises ValueError: if there are too few transitions
     """
@@ -130,10 +130,7 @@ def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) ->
     agent = model_env.agent
     assert agent.replay_buffer is not None
     if agent.model_buffer.size() == 0:
-        real = real_transitions(agent.replay_buffer, agent.device)
-        start = real.obs[th.randint(len(real.obs), (agent.rollout_batch_size,), device=agent.device)]
-        for step in model_env.rollout(start, agent.rollout_length):
-            agent.model_buffer.extend(step)
+        model_env.fill_buffer(real_transitions(agent.replay_buffer, agent.device).obs)
     policies, latest = [], agent
     for _ in range(n_policies):
         latest = _copy(latest)

@@ -86,6 +86,9 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         length = f"Rollouts, k = {k}, go further than the model is right for: shorten `rollout_schedule`."
     else:
         length = f"Rollouts, k = {k}, stay within that."
+    n_right = f"{trusted if relative[0] <= AUTO_TOLERANCE else 0}"
+    if len(relative) == trusted:
+        n_right += " or more"
     one, two = (inside[0, 1:][varies].mean().item() for inside in error.inside)
     if one < 0.55:
         calibration = "Overconfident: the truth lies outside the bands too often."
@@ -95,8 +98,8 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         calibration = "The model knows what it does not know."
     findings = [
         Finding("Does the model know what happens next?", f"median R² {explained:.2f}", verdict),
-        Finding("Does it know the reward?", f"R² {r2[0, 0].item():.2f}", "1 is perfect, 0 is a constant."),
-        Finding("For how many steps is it right?", f"{trusted if relative[0] <= AUTO_TOLERANCE else 0}", length),
+        Finding("Does it know the reward?", *of_reward(r2[0, 0].item())),
+        Finding("For how many steps is it right?", n_right, length),
         Finding(
             "Are its error bars right?",
             f"{one:.0%} / {two:.0%}",
@@ -120,6 +123,16 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         ],
     )
     return findings, section
+
+
+def of_reward(r2: float) -> tuple[str, str]:
+    """
+    :param r2: Share of the reward's variance that the model explains, NaN without variance
+    :return: What was measured, and what it says
+    """
+    if np.isnan(r2):
+        return "constant", "The reward did not vary in these trajectories."
+    return f"R² {r2:.2f}", "1 is perfect, 0 is a constant."
 
 
 def of_replay(replayed: Replay, columns: Sequence[int]) -> Section:
@@ -177,14 +190,17 @@ def of_values(check: ValueCheck) -> tuple[list[Finding], Section]:
     verdict = "Q-values are about right."
     if bias > 0.5:
         verdict = "The critics overestimate: training may collapse. Fewer updates per step, or a better model, help."
-    elif bias < -0.5:
+    elif bias > 0.2:
+        verdict = "The critics overestimate somewhat: watch whether it grows."
+    elif bias < -0.2:
         verdict = "The critics underestimate, which is safe, but slow."
     q_model = f" Q-values of generated transitions are {check.q_model.mean():.4g} on average." if len(check.q_model) else ""
     section = Section(
         "Values",
         [f"Q-values are {check.q_real.mean():.4g} on average, the returns that came {check.returns.mean():.4g}.{q_model}"],
         "Q of the lowest critic for the actions that were taken, beside the soft discounted return of the rest of the "
-        "episode. Units are those that the critics learn.",
+        "episode; of episodes that were cut off, the critics' own value stands for what was not seen, and weighs no more than "
+        "half. Units are those that the critics learn.",
         [as_picture(figures.plot_values(check), "Q-values beside returns, and their distributions")],
     )
     return [Finding("Are Q-values right?", f"{bias:+.0%} of the returns", verdict)], section
@@ -196,20 +212,29 @@ def of_shift(shift: PolicyShift, gamma: float) -> tuple[list[Finding], Section]:
     :param gamma: Discount
     :return: Findings and section
     """
-    slopes, size = shift.slopes("model_error"), shift.data_sizes[-1]
-    best = optimal_rollout_length(min(shift.model_error[-1, -1], 1), shift.shift[-1], gamma)
+    slopes, size = shift.slopes(), shift.data_sizes[-1]
+    error, distance = float(shift.model_error[-1, -1]), float(shift.shift[-1])
+    measured = "gamma is 1"
+    if gamma < 1:
+        # Beyond the effective horizon nothing changes
+        best = min(optimal_rollout_length(error, distance, gamma), 1 / (1 - gamma))
+        measured = f"k* = {best:.0f}"
+    if error < distance:
+        verdict = "The model generalises better than the policy has moved, so the bound allows rollouts."
+    else:
+        verdict = "The model errs no less than the policy has moved, so the bound allows no rollout; it is pessimistic."
     finding = Finding(
         "What does the paper's bound say?",
-        f"k* = {best:g}",
-        f"Theorem 4.3 with the error under the last of the policies ({shift.model_error[-1, -1]:.2f}) and its shift "
-        f"({shift.shift[-1]:.2f}), total variation. Its constants are pessimistic: 0 is the rule.",
+        measured,
+        f"Theorem 4.3, with the error under the last of the policies ({error:.2f}) and its shift ({distance:.2f}), as total "
+        f"variation. {verdict} The error is what the model does not generalise to, not what it has not learned.",
     )
     section = Section(
         "Policies that move away from the data",
         [
             f"A model of {size:,} transitions of the present policy: error {shift.rmse[-1, 0]:.3f} on its own new data, "
             f"{shift.rmse[-1, -1]:.3f} on those of the last policy, in standard deviations of the changes.",
-            "d model error / d policy shift, both as total variation: "
+            "d error / d policy shift (total variation): "
             + ", ".join(f"{slope:.2f} ({n:,})" for n, slope in zip(shift.data_sizes, slopes, strict=True))
             + ".",
         ],

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.buffers import normalized
 from sb3_mbpo.dynamics.rollouts import Transitions
@@ -13,8 +14,8 @@ from sb3_mbpo.spaces import unflatten
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
 
-# Weight of the rest of an episode that was not seen, beside which a return is as good as complete
-MAX_REST = 0.05
+# Largest weight in a return of what was not seen of an episode, in whose place the critics' own value stands
+MAX_REST = 0.5
 
 
 class ValueCheck(NamedTuple):
@@ -59,38 +60,38 @@ def value_check(agent: "MBPO", trajectories: Sequence[Transitions], max_model: i
     :param agent: Whose critics
     :param trajectories: Real ones of its present stochastic policy; of somewhat older policies, the returns are theirs
     :param max_model: Generated transitions to draw from the model buffer
-    :return: Q-values and the returns that came. States whose return would depend on what was not seen, as their episode was
-        cut off soon after, are left out.
+    :return: Q-values and the returns that came. Where an episode was cut off (by a time limit, too), the critics' value of the
+        last state stands for the rest, and hides that share of their bias; states in which it would weigh more than half
+        are left out. Where a policy is so sure that its actions come out as -1 or 1, their density, and the entropy with it,
+        is a lower bound.
     :raises ValueError: if no trajectory is long enough
     """
     env, gamma = agent.get_vec_normalize_env(), agent.gamma
-    # Steps after which the rest weighs no more than MAX_REST
-    n_seen = int(np.ceil(np.log(MAX_REST) / np.log(gamma))) if 0 < gamma < 1 else 1
-    log_ent_coef = agent.log_ent_coef
-    ent_coef = agent.ent_coef_tensor if log_ent_coef is None else log_ent_coef.detach().exp()
+    # Steps after which the rest weighs no more than MAX_REST; without a discount it never does
+    n_seen = int(np.ceil(np.log(MAX_REST) / np.log(gamma))) if 0 < gamma < 1 else (1 if gamma == 0 else np.inf)
     q_real, returns = [], []
     for trajectory in trajectories:
         n = len(trajectory.rewards)
-        n_complete = n if trajectory.terminated[-1] else n - n_seen
-        if n_complete <= 0:
+        is_over = bool(trajectory.terminated[-1])
+        n_complete = int(n if is_over else max(n - n_seen + 1, 0))
+        if n_complete == 0:
             continue
         obs = normalized(unflatten(agent.observation_space, trajectory.obs), env)
         rewards = trajectory.rewards.cpu().numpy()
         if env is not None:
             rewards = env.normalize_reward(rewards)
-        bonus = -ent_coef * log_density(agent, obs, trajectory.actions)
-        soft_return, soft_returns = 0.0, np.zeros(n)
+        bonus = -entropy_coefficient(agent) * log_density(agent, obs, trajectory.actions)
+        following, soft_returns = 0.0 if is_over else _value(agent, trajectory.next_obs[-1:], env), np.zeros(n)
         for step in reversed(range(n)):
+            soft_returns[step] = float(rewards[step]) + gamma * following
             # The entropy of an action counts in the state in which it is drawn, hence not in Q of that action
-            following = soft_return + bonus[step + 1].item() if step + 1 < n else 0.0
-            soft_return = float(rewards[step]) + gamma * following
-            soft_returns[step] = soft_return
+            following = soft_returns[step] + bonus[step].item()
         q_real.append(q_values(agent, obs, trajectory.actions).cpu().numpy()[:n_complete])
         returns.append(soft_returns[:n_complete])
     if not q_real:
         longest = max(len(trajectory.rewards) for trajectory in trajectories)
         raise ValueError(
-            f"No trajectory ends in a terminal state or is longer than {n_seen} steps, after which what follows hardly counts "
+            f"No trajectory ends in a terminal state or has {n_seen} steps, after which what follows counts no more than half "
             f"(`gamma` {gamma}): the longest has {longest}"
         )
     q_model = np.zeros(0)
@@ -98,6 +99,24 @@ def value_check(agent: "MBPO", trajectories: Sequence[Transitions], max_model: i
         sample = agent.model_buffer.sample(max_model, env=env)
         q_model = q_values(agent, sample.observations, sample.actions).cpu().numpy()
     return ValueCheck(np.concatenate(q_real), np.concatenate(returns), q_model)
+
+
+def _value(agent: "MBPO", obs: th.Tensor, env: VecNormalize | None) -> float:
+    """Soft value of a state, with an action of the stochastic policy."""
+    seen = normalized(unflatten(agent.observation_space, obs), env)
+    with th.no_grad():
+        if agent.use_sde:
+            agent.actor.reset_noise(1)
+        action, log_prob = agent.actor.action_log_prob(seen)
+    return float((q_values(agent, seen, action) - entropy_coefficient(agent) * log_prob).item())
+
+
+def entropy_coefficient(agent: "MBPO") -> th.Tensor:
+    """
+    :param agent: Whose
+    :return: At present
+    """
+    return agent.ent_coef_tensor if agent.log_ent_coef is None else agent.log_ent_coef.detach().exp()
 
 
 def log_density(agent: "MBPO", obs: Any, actions: th.Tensor) -> th.Tensor:
