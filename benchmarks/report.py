@@ -1,5 +1,6 @@
 """Learning curves and tables of the evaluations: what ``python -m benchmarks report`` writes."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -91,9 +92,12 @@ def curve(values: pd.DataFrame) -> Curve:
     pieces = []
     for _, piece in values.groupby(group):
         scores = piece.dropna(axis=1).to_numpy().T[:, None, :]
-        point, interval = library.get_interval_estimates(
-            {"": scores}, iqm_over_seeds, reps=BOOTSTRAPS, random_state=np.random.RandomState(0)
-        )
+        with warnings.catch_warnings():
+            # rliable's way to seed arch's bootstrap is an old one
+            warnings.simplefilter("ignore", FutureWarning)
+            point, interval = library.get_interval_estimates(
+                {"": scores}, iqm_over_seeds, reps=BOOTSTRAPS, random_state=np.random.RandomState(0)
+            )
         n_seeds = np.full(len(piece), len(scores))
         pieces.append((piece.index.to_numpy(), point[""], interval[""][0], interval[""][1], n_seeds))
     return Curve(*(np.concatenate(column) for column in zip(*pieces, strict=True)))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import machine
 from benchmarks.training import Run
 
 
@@ -88,6 +89,7 @@ def runs(
     if unknown := set(algos) - set(VARIANTS) - set(ALGOS):
         known = ", ".join(sorted({*ALGOS, *VARIANTS}))
         raise ValueError(f"`--algos` {', '.join(sorted(unknown))}: not among {known}")
+    commit = machine.commit()
     return [
         Run(
             env=env,
@@ -101,6 +103,7 @@ def runs(
             threads=threads,
             folder=folder.absolute(),
             results=results.absolute(),
+            commit=commit,
         )
         for seed in seeds
         for env in envs or tasks

@@ -40,6 +40,7 @@ class Run(NamedTuple):
     :param threads: For PyTorch
     :param folder: Of all runs, for checkpoints and logs
     :param results: For the tables of evaluations
+    :param commit: Of the code that asked for it; workers of a cluster may not have its history
     """
 
     env: str
@@ -53,6 +54,7 @@ class Run(NamedTuple):
     threads: int
     folder: Path
     results: Path
+    commit: str
 
     @property
     def name(self) -> str:
@@ -98,7 +100,7 @@ class EvaluateAndSave(BaseCallback):
             "resumed": resumed,
             "threads": run.threads,
             "machine": machine.processor(),
-            "commit": machine.commit(),
+            "commit": run.commit,
             "python": platform.python_version(),
             "sb3_mbpo": machine.installed("sb3-mbpo"),
             **{

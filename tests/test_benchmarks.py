@@ -1,13 +1,317 @@
-"""The benchmark runs; what it measures is its own business."""
+"""Benchmarks: runs that evaluate, stop anywhere and go on; what is made of their tables; and that the one of speed runs."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import psutil
 import pytest
+from filelock import FileLock
+from scipy.stats import trim_mean
+
+from benchmarks import engines, report, suites
+from benchmarks.__main__ import main
+from benchmarks.results import COLUMNS, read_rows, write_rows
+from benchmarks.training import Run, train
 
 REPOSITORY = Path(__file__).parents[1]
+SMALL = dict(
+    learning_starts=100,
+    gradient_steps=1,
+    batch_size=32,
+    policy_kwargs={"net_arch": [16]},
+    model_hidden_sizes=[16],
+    model_max_epochs=2,
+    rollout_batch_size=100,
+)
+
+
+def make_run(folder, steps=500, algo="mbpo", seed=0, changes=SMALL, env="Pendulum-v1", eval_every=100):
+    return Run(env, algo, seed, steps, algo, changes, {}, eval_every, 1, folder / "runs", folder / "results", "abc")
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_start_to_end(tmp_path):
+    run = make_run(tmp_path, steps=250)
+    assert not run.is_finished
+    train(run)
+    rows = read_rows(run.table)
+    assert tuple(rows[0]) == COLUMNS and COLUMNS[:5] == ("env", "algo", "seed", "step", "return")
+    assert [(row["step"], row["episodes"]) for row in rows] == [(100, 1), (200, 1), (250, 10)]
+    for row in rows:
+        assert (row["env"], row["algo"], row["seed"], row["resumed"], row["commit"]) == ("Pendulum-v1", "mbpo", 0, 0, "abc")
+        assert -2_000 < row["return"] < 0 and row["episode_length"] == 200 and row["mujoco"].count(".") == 2
+        parts = [row[f"{part}_seconds"] for part in ("env", "model", "rollouts", "updates", "compile")]
+        assert row["wall_seconds"] >= sum(parts) - 0.3 and min(parts) >= 0
+    assert rows[-1]["return_std"] > 0 and rows[0]["return_std"] == 0
+    # Trained with the zoo's hyperparameters and what was changed of them
+    (config,) = (tmp_path / "runs" / run.name).rglob("config.yml")
+    assert "learning_starts\n    - 100" in config.read_text() and "rollout_schedule" in config.read_text()
+    assert run.is_finished
+    before = run.table.stat().st_mtime_ns
+    train(run)
+    assert run.table.stat().st_mtime_ns == before
+    # More steps go on from there
+    train(run._replace(steps=400))
+    rows = read_rows(run.table)
+    assert [row["step"] for row in rows] == [100, 200, 250, 300, 400] and [row["resumed"] for row in rows] == [0, 0, 0, 1, 1]
+    seconds = [row["wall_seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    "algo, changes",
+    [("sac", {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 50}), ("ppo", {"normalize": True, "n_steps": 64})],
+)
+def test_other_algorithms_and_normalised_environments_go_on(algo, changes, tmp_path):
+    run = make_run(tmp_path, 150, algo, changes=changes)
+    train(run)
+    train(run._replace(steps=320))
+    rows = read_rows(run.table)
+    # PPO can be evaluated between two of its rollouts only, of 4 environments here
+    steps = [100, 150, 200, 300, 320] if algo == "sac" else [256, 512]
+    assert [row["step"] for row in rows] == steps
+    assert rows[0]["model_seconds"] == "" and rows[-1]["resumed"] == 1
+    assert (run.checkpoint() / "Pendulum-v1" / "vecnormalize.pkl").exists() == (algo == "ppo")
+
+
+def test_the_initial_states_of_an_evaluation_are_its_own(tmp_path):
+    """Whatever happened before: a policy that is not trained gets the same evaluation in an interrupted run."""
+    changes = {**SMALL, "gradient_steps": 0}
+    whole, parts = make_run(tmp_path / "whole", 300, changes=changes), make_run(tmp_path / "parts", 150, changes=changes)
+    train(whole)
+    train(parts)
+    train(parts._replace(steps=300))
+    in_whole, in_parts = ({row["step"]: row["return"] for row in read_rows(run.table)} for run in (whole, parts))
+    assert in_whole[200] == in_parts[200] and in_whole[300] == in_parts[300] and in_whole[100] != in_whole[200]
+
+
+def test_rows_without_a_checkpoint_are_not_thrown_away(tmp_path):
+    run = make_run(tmp_path, 250)
+    train(run)
+    rows = read_rows(run.table)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"evaluations up to step 250, but there is no checkpoint"):
+        train(run._replace(steps=400))
+    # One row was written before a checkpoint could be
+    write_rows(run.table, rows[:1])
+    train(run)
+    assert [row["step"] for row in read_rows(run.table)] == [100, 200, 250]
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path):
+    run = make_run(tmp_path, 250)
+    (tmp_path / "runs" / run.name).mkdir(parents=True)
+    with FileLock(tmp_path / "runs" / run.name / "lock"):
+        with pytest.raises(RuntimeError, match="trained by another process"):
+            train(run)
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path):
+    runs = [make_run(tmp_path, 150, changes={**SMALL, "nonsense": 1}), make_run(tmp_path, 150, seed=1)]
+    first, second = engines.local(runs, jobs=2)
+    assert "nonsense" in first and second is None and runs[1].is_finished
+
+
+# --- Killed ----------------------------------------------------------------------------------------------------------
+
+START = """
+import sys
+from pathlib import Path
+from benchmarks import engines
+from tests.test_benchmarks import make_run
+runs = [make_run(Path(sys.argv[2]), seed=seed) for seed in (0, 1)]
+failures = engines.local(runs, 1) if sys.argv[1] == "local" else engines.ray(runs, None)
+sys.exit(any(failures))
+"""
+
+
+def start(engine, folder):
+    log = (folder / "log.txt").open("a")
+    return subprocess.Popen([sys.executable, "-c", START, engine, folder], cwd=REPOSITORY, stdout=log, stderr=log)
+
+
+def wait_for_rows(table, n, process):
+    """While a run is going on."""
+    deadline = time.monotonic() + 240
+    while len(read_rows(table)) < n:
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def check_as_undisturbed(folder, interrupted, other):
+    undisturbed = make_run(folder / "undisturbed")
+    train(undisturbed)
+    expected = [(row["step"], row["episodes"]) for row in read_rows(undisturbed.table)]
+    assert len(expected) == 5
+    for run in (interrupted, other):
+        assert [(row["step"], row["episodes"]) for row in read_rows(run.table)] == expected
+    assert read_rows(interrupted.table)[-1]["resumed"] == 1 and read_rows(other.table)[-1]["resumed"] == 0
+
+
+def test_killed_and_started_again(tmp_path):
+    """Of two runs in line the first is killed, which ends the command; the same command goes on with it."""
+    first, second = (make_run(tmp_path, seed=seed) for seed in (0, 1))
+    process = start("local", tmp_path)
+    wait_for_rows(first.table, 2, process)
+    process.kill()
+    process.wait()
+    assert not first.is_finished and not second.table.exists()
+    assert start("local", tmp_path).wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()
+    check_as_undisturbed(tmp_path, first, second)
+
+
+def test_a_worker_of_a_cluster_is_killed(tmp_path):
+    """A local Ray of two workers: another one takes the run up from its checkpoint, and the command does not notice."""
+    first, second = (make_run(tmp_path, seed=seed) for seed in (0, 1))
+    process = start("ray", tmp_path)
+    wait_for_rows(first.table, 2, process)
+    holder = (tmp_path / "runs" / first.name / "lock").stat().st_ino
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "ray::" in " ".join(child.cmdline())]
+    (worker,) = [child for child in workers if holder in [os.stat(f"/proc/{child.pid}/fd/{fd}").st_ino for fd in fds(child)]]
+    os.kill(worker.pid, signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()
+    check_as_undisturbed(tmp_path, first, second)
+
+
+def fds(process):
+    """Descriptors of open files, but for what is closed meanwhile."""
+    return [fd for fd in os.listdir(f"/proc/{process.pid}/fd") if os.path.exists(f"/proc/{process.pid}/fd/{fd}")]
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path):
+    """In the repository, through the zoo's hyperparameters for the task."""
+    folders = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
+    common = ["--suite", "pendulums", "--envs", "InvertedPendulum-v5", "--algos", "mbpo", "sac", "--seeds", "0", "1"]
+    command = [sys.executable, "-m", "benchmarks", "run", *common, "--steps", "300", "--eval-every", "100", *folders]
+    result = subprocess.run([*command, "--jobs", "2"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "0 of 4 runs are finished" in result.stdout
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert again.stdout == "4 of 4 runs are finished\n"
+    command = [sys.executable, "-m", "benchmarks", "report", *folders[:2], "--out", tmp_path / "report"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["curves.png", "curves.svg", "tables.md"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--envs", "Nonsense-v0"], "Nonsense-v0: not in the suite 'paper', which has InvertedPendulum-v5"),
+        (["run", "--algos", "nonsense"], "nonsense: not among .*mbpo"),
+        (["report", "--results", "nowhere"], "There is no CSV in nowhere"),
+    ],
+)
+def test_errors_of_the_command_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_runs_of_a_suite(tmp_path):
+    runs = suites.runs("paper", ["Ant-v5", "Hopper-v5"], ["sac-g20", "mbpo"], [0, 1], None, 1_000, 1, tmp_path, tmp_path)
+    assert [(run.seed, run.env, run.algo) for run in runs[:4]] == [
+        (0, "Ant-v5", "sac-g20"),
+        (0, "Ant-v5", "mbpo"),
+        (0, "Hopper-v5", "sac-g20"),
+        (0, "Hopper-v5", "mbpo"),
+    ]
+    assert len(runs) == 8 and runs[0].zoo_algo == "mbpo" and runs[0].changes["real_ratio"] == 1
+    assert runs[0].env_kwargs == {"include_cfrc_ext_in_observation": False} and runs[2].steps == 125_000
+
+
+def test_environments_of_suites_are_those_of_the_hyperparameters():
+    """So that all algorithms see what MBPO sees."""
+    import yaml
+
+    hyperparams = yaml.safe_load((REPOSITORY / "hyperparams" / "mbpo.yml").read_text())
+    for suite in suites.SUITES.values():
+        for env, task in suite.items():
+            assert task.env_kwargs == hyperparams[env].get("env_kwargs", {})
+
+
+# --- Report ----------------------------------------------------------------------------------------------------------
+
+
+def table(returns, env="Hopper-v5", algo="mbpo", steps=None, **columns):
+    """Rows of runs, whose returns are the rows of an array."""
+    rows = []
+    for seed, values in enumerate(returns):
+        for i, value in enumerate(values):
+            if not np.isnan(value):
+                step = (i + 1) * 1_000 if steps is None else steps[i]
+                rows.append({**dict.fromkeys(COLUMNS, np.nan), "env": env, "algo": algo, "seed": seed, "step": step})
+                rows[-1] |= {"return": value, "wall_seconds": 2.0 * step / 1_000, "threads": 1, "commit": "a", **columns}
+    return pd.DataFrame(rows)
+
+
+def test_curve_is_the_interquartile_mean():
+    returns = np.random.default_rng(0).normal(size=(8, 5)).cumsum(axis=1)
+    curve = report.curve(report.returns(table(returns), "Hopper-v5", "mbpo"))
+    np.testing.assert_allclose(curve.iqm, trim_mean(returns, 0.25, axis=0))
+    assert curve.steps.tolist() == [1_000, 2_000, 3_000, 4_000, 5_000] and (curve.n_seeds == 8).all()
+    assert (curve.low < curve.iqm).all() and (curve.iqm < curve.high).all()
+    # Percentiles of means of resampled seeds, by another way
+    rng = np.random.default_rng(1)
+    resampled = [trim_mean(rng.choice(returns[:, -1], 8), 0.25) for _ in range(20_000)]
+    np.testing.assert_allclose([curve.low[-1], curve.high[-1]], np.percentile(resampled, [2.5, 97.5]), atol=0.2)
+
+
+def test_curve_of_seeds_that_were_trained_for_different_times():
+    returns = np.array([[1.0, 2, 3, 4], [3.0, 4, np.nan, np.nan]])
+    curve = report.curve(report.returns(table(returns), "Hopper-v5", "mbpo"))
+    assert curve.iqm.tolist() == [2, 3, 3, 4] and curve.n_seeds.tolist() == [2, 2, 1, 1]
+    assert curve.low[2:].tolist() == curve.high[2:].tolist() == [3, 4]
+    assert curve.at(2_000) == 1 and curve.at(2_010) == 1 and curve.at(2_500) is None
+
+
+def test_tables():
+    """MBPO rises by 100 every 1,000 steps, SAC by 25: smoothed over 5 evaluations, 800 is reached after 10,000 and 34,000."""
+    mbpo, sac = 100 * np.arange(1, 21.0), 25 * np.arange(1, 61.0)
+    both = pd.concat([table([mbpo, mbpo + 10]), table([sac], algo="sac", env_seconds=1.0, eval_seconds=3.0)])
+    curves = report.all_curves(both)
+    assert list(curves["Hopper-v5"]) == ["mbpo", "sac"]
+    text = report.tables(both)
+    # The mean of 600 ... 1,000 and 10 more in another seed
+    assert "| Hopper-v5 | mbpo | 2 | 805 [800, 810] | 1,805 [1,800, 1,810] |  |  |  | 1,805 [1,800, 1,810] at 20k |" in text
+    assert "| Hopper-v5 | sac | 1 | 200 | 450 | 1,200 |  |  | 1,450 at 60k |" in text
+    assert "| Hopper-v5 | *paper's mean* | 5 | *329* | *530* | *1,702* |" in text
+    # 1,450 is SAC's best
+    assert "| Hopper-v5 | mbpo | 1,450 | 17,000 | 60,000 | 3.5 |" in text
+    assert "| Hopper-v5 | sac | 1 | 60,000 | 0.03 | 2 | 1% |  |  |  |  | 2% | 1 |" in text
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_figure(reference, tmp_path):
+    """Published curves are drawn as they are, not resampled."""
+    (tmp_path / "mbpo_paper_Hopper.csv").write_text("env_step,mean,half_width\n0,5,1\n10000,100,10\n90000,1,1\n")
+    runs = pd.concat([table(np.ones((2, 12))), table(np.ones((1, 12)), env="Pendulum-v1", algo="sac")])
+    figure = report.figure(report.all_curves(runs), tmp_path if reference else None)
+    hopper, pendulum = figure.axes
+    labels = [text.get_text() for text in hopper.get_legend().get_texts()]
+    assert labels == ["mbpo, 2 seeds", "paper, 5 seeds (mean)" if reference else "paper's mean"]
+    published = hopper.get_lines()[1].get_xydata().tolist()
+    assert published == ([[0, 5], [10_000, 100]] if reference else [[10_000, 329]])
+    assert [text.get_text() for text in pendulum.get_legend().get_texts()] == ["sac, 1 seed"]
+
+
+# --- Speed -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
