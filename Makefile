@@ -29,6 +29,10 @@ commit-checks: format type lint
 doc:
 	python -m sphinx -W -b html docs docs/_build/html
 
+# What docs/results.md shows of benchmarks/results
+results:
+	python -m benchmarks report --out docs/_static/results
+
 clean:
 	rm -rf build dist *.egg-info docs/_build .coverage htmlcov .mypy_cache .pytest_cache .ruff_cache
 
@@ -36,4 +40,4 @@ clean:
 release:
 	python -m build
 
-.PHONY: pytest pytest-slow type mypy lint format check-codestyle commit-checks doc clean release
+.PHONY: pytest pytest-slow type mypy lint format check-codestyle commit-checks doc results clean release

@@ -32,7 +32,7 @@ DIAGNOSTICS = ["gymnasium[mujoco]", "jinja2", "matplotlib", "tensorboard"]
 BENCHMARKS = [*ZOO, "filelock", "joblib", "matplotlib", "rliable>=1.2"]
 
 # Runs of the benchmark on several machines
-CLUSTER = ["ray>=2.40"]
+CLUSTER = [*BENCHMARKS, "ray>=2.40"]
 
 
 class BuildWithStartupFiles(build_py):
@@ -89,7 +89,6 @@ setup(
             *ZOO,
             *DOCS,
             *DIAGNOSTICS,
-            *BENCHMARKS,
             *CLUSTER,
             # Opens the report in a browser
             "playwright",

@@ -5,7 +5,7 @@ author = "sb3_mbpo developers"
 release = installed_version("sb3-mbpo")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_static"]
 
 # Links to the sections of a page, as page.md#section
 myst_heading_anchors = 3

@@ -173,12 +173,12 @@ def test_policy_shift_on_known_policies():
     data = Transitions(*map(th.cat, zip(*collect(agent, env, 1_500), strict=True)))
     before = {name: tensor.clone() for name, tensor in agent.policy.state_dict().items()}
     shift = policy_shift(agent, data, others, env, data_sizes=(20, 1_500), n_steps=200)
-    assert shift.data_sizes == [20, 1_500] and shift.rmse.shape == shift.model_error.shape == (2, 3)
+    assert shift.data_sizes == [20, 1_500] and shift.error.shape == shift.model_error.shape == (2, 3)
     _, std = gaussian_of(agent.actor, agent, data.obs)
     expected = ((0.3 / std) ** 2 / 2).mean().item()
     np.testing.assert_allclose(shift.kl, [0, 0, expected], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(shift.shift[2], np.sqrt(expected / 2), rtol=1e-3)
-    assert (shift.rmse[1] < 0.5 * shift.rmse[0]).all()
+    assert (shift.error[1] < 0.5 * shift.error[0]).all()
     assert ((shift.model_error >= 0) & (shift.model_error <= 1)).all() and len(shift.slopes()) == 2
     for name, tensor in agent.policy.state_dict().items():
         assert th.equal(tensor, before[name])

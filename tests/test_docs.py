@@ -8,7 +8,7 @@ namespace. A block that no rule here covers fails.
 - Of bash, ``python -c``, the example, the diagnostics and the scripts of RL Zoo are executed; the latter two inside this
   process, after the registration that the start-up file would have caused (tests/test_packaging.py has the real one).
   **Only checked** are installations (``pip install``: that the extras and the files exist; ``python -m venv``), and
-  ``pytest``, ``make`` and the benchmark, which tests/test_benchmarks.py runs (that options and targets exist).
+  ``pytest``, ``make`` and the runs of benchmarks, which tests/test_benchmarks.py has (that options and targets exist).
 - YAML names its file in its first line. It is written there, and a later command must use it.
 
 What would train for hours is executed for real, but small, and without a trace of it in the text: the arguments of the
@@ -38,6 +38,9 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from stable_baselines3 import SAC
 
+from benchmarks.__main__ import main as benchmarks
+from benchmarks.__main__ import parser as benchmarks_parser
+from benchmarks.suites import runs
 from sb3_mbpo import MBPO
 from sb3_mbpo.diagnostics.__main__ import main as diagnostics
 from sb3_mbpo.zoo.registration import register
@@ -45,7 +48,10 @@ from tests.test_logging import KEYS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
+# Tables that pages include are no pages
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *DOCS.rglob("*.md")] if "_static" not in path.parts
+)
 
 MAX_STEPS = 90
 LIMITS = dict(
@@ -206,8 +212,13 @@ class Reader:
                     assert set(options) <= {"--cov", "-n", "0"}, options
                 case ["python", "-c", code]:
                     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-                case ["python", "benchmarks/speed.py", *options]:
+                case ["python", "-m", "benchmarks.speed", *options]:
                     check_options("benchmarks/speed.py", options)
+                case ["python", "-m", "benchmarks", "run", *options]:
+                    check_runs(options)
+                case ["python", "-m", "benchmarks", "report", *options]:
+                    patch.setattr(sys, "argv", ["benchmarks", "report", *options])
+                    benchmarks()
                 case ["python", script] if script.startswith("examples/"):
                     runpy.run_path(str(ROOT / script), run_name="__main__")
                 case ["python", "-m", "sb3_mbpo.zoo", script, *options]:
@@ -249,6 +260,12 @@ def check_options(script: str, words: list[str]) -> None:
     assert all(f'add_argument("{word}"' in text for word in words if word.startswith("-")), words
 
 
+def check_runs(options: list[str]) -> None:
+    """That a benchmark has these runs."""
+    args = benchmarks_parser().parse_args(["run", *options])
+    assert runs(args.suite, args.envs, args.algos, args.seeds, args.steps, args.eval_every, 1, args.runs, args.results)
+
+
 def check_targets(targets: list[str]) -> None:
     """That the Makefile has them."""
     known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -274,7 +291,7 @@ def test_blocks(page: str, reader_of: Callable[[str], Reader]) -> None:
     "block",
     [
         *("```\nls\n```", "```text\nls\n```", "    ls", "```bash\nls\n```", "```bash\ntrue | ls\n```"),
-        *("```bash\nmake nonsense\n```", "```bash\npython benchmarks/speed.py --nonsense\n```"),
+        *("```bash\nmake nonsense\n```", "```bash\npython -m benchmarks.speed --nonsense\n```"),
         *('```bash\npip install ".[nonsense]"\n```', "```bash\npip install -c nonsense.txt .\n```"),
         *("```yaml\na: 1\n```", "```yaml\n# unused.yml\na: 1\n```"),
         *("```python\n1 / 0\n```", "```{code-block} python\n1 / 0\n```"),
@@ -307,8 +324,7 @@ def test_it_is_built_without_warnings(tmp_path: Path) -> None:
 
 
 def test_the_diagram_is_a_picture_by_itself() -> None:
-    (picture,) = DOCS.rglob("*.svg")
-    root = xml.etree.ElementTree.parse(picture).getroot()
+    root = xml.etree.ElementTree.parse(DOCS / "_static" / "data_flow.svg").getroot()
     words = " ".join("".join(element.itertext()) for element in root if element.tag.endswith("text"))
     for word in ("Environment", "replay buffer", "Ensemble", "Model rollouts", "Model buffer", "batch", "SAC", "Policy"):
         assert word in words

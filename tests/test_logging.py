@@ -13,9 +13,10 @@ KEYS = {
     *("model/train_loss", "model/holdout_mse", "model/epochs", "model/training_seconds", "model/termination_mismatch"),
     *("model/model_buffer_gb", "model/compiled", "train/compiled", "time/compile_seconds"),
     *("model/rollout_length", "model/rollout_length_mean", "model/model_buffer_size", "model/real_buffer_size"),
-    *("open_loop/error_1", "open_loop/error_2", "open_loop/error_5", "open_loop/error_10", "open_loop/std_1"),
+    *("open_loop/error_1", "open_loop/error_2", "open_loop/error_5", "open_loop/error_10", "open_loop/error_20"),
+    "open_loop/std_1",
     *("open_loop/inside_1_sigma_1", "open_loop/inside_2_sigma_1", "open_loop/r2_1", "open_loop/reward_r2_1"),
-    *("theory/model_error", "theory/policy_shift", "theory/optimal_rollout_length"),
+    *("theory/model_error", "theory/policy_shift", "theory/optimal_rollout_length", "theory/error_slope"),
     *("time/env_seconds", "time/model_seconds", "time/rollouts_seconds", "time/updates_seconds"),
 }
 

@@ -208,7 +208,7 @@ def _policy_shift(measured: Measured, out: Path) -> None:
     shift = measured.policy_shift()
     print(f"{'policy':>6} {'KL':>9} {'shift':>6} " + " ".join(f"{f'error, {size:,}':>13}" for size in shift.data_sizes))
     for i, (kl, distance) in enumerate(zip(shift.kl, shift.shift, strict=True)):
-        print(f"{i:>6} {kl:>9.4f} {distance:>6.3f} " + " ".join(f"{errors[i]:>13.4f}" for errors in shift.rmse))
+        print(f"{i:>6} {kl:>9.4f} {distance:>6.3f} " + " ".join(f"{errors[i]:>13.4f}" for errors in shift.error))
     slopes = ", ".join(f"{slope:.3f} ({size:,})" for size, slope in zip(shift.data_sizes, shift.slopes(), strict=True))
     print(f"d error / d policy shift: {slopes}")
     _save(figures.plot_policy_shift(shift), out / "policy_shift.png")

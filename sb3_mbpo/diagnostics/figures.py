@@ -154,7 +154,7 @@ def plot_policy_shift(shift: PolicyShift) -> Figure:
     figure, (upper, lower) = _axes(2)
     order = np.argsort(shift.kl)
     shades = np.linspace(0.35, 1, len(shift.data_sizes))
-    for size, errors, shade in zip(shift.data_sizes, shift.rmse, shades, strict=True):
+    for size, errors, shade in zip(shift.data_sizes, shift.error, shades, strict=True):
         upper.plot(shift.kl[order], errors[order], "o-", markersize=3, color=MODEL, alpha=shade, label=f"{size:,}")
     upper.set(
         xlabel="KL divergence of the policy (nats)", ylabel="error in std of changes", title="Model error", ylim=(0, None)

@@ -30,8 +30,8 @@ class PolicyShift(NamedTuple):
     :param data_sizes: How many transitions each model was trained on, ``n_sizes`` of them
     :param kl: Mean divergence of each policy from the one that collected the data, nats, ``(n_policies,)``
     :param shift: The same as total variation distance, by Pinsker's inequality, in [0, 1], ``(n_policies,)``
-    :param rmse: Error of each model, one step, in standard deviations of the change of each dimension, averaged over them,
-        ``(n_sizes, n_policies)``
+    :param error: Mean absolute error of each model, one step, in standard deviations of the change of each dimension, averaged
+        over them, ``(n_sizes, n_policies)``. Not squared: of some thousand transitions, one wrong contact would outweigh all.
     :param model_error: Surrogate of the total variation distance (:func:`sb3_mbpo.theory.model_error_from_nll`),
         ``(n_sizes, n_policies)``
     """
@@ -39,12 +39,12 @@ class PolicyShift(NamedTuple):
     data_sizes: list[int]
     kl: np.ndarray
     shift: np.ndarray
-    rmse: np.ndarray
+    error: np.ndarray
     model_error: np.ndarray
 
-    def slopes(self, of: str = "rmse") -> list[float]:
+    def slopes(self, of: str = "error") -> list[float]:
         """
-        :param of: "rmse" or "model_error"
+        :param of: "error" or "model_error"
         :return: d error / d shift for each data size (paper, Figure 1b), by least squares over all policies
         """
         return [error_slope(self.shift, errors) for errors in getattr(self, of)]
@@ -92,16 +92,16 @@ def policy_shift(
         models.append((model, model.nll(inputs[rows], targets[rows])))
 
     scale = targets[:, 1:].std(dim=0, correction=0)
-    kl, shift, rmse, model_error = [], [], [], []
+    kl, shift, error, model_error = [], [], [], []
     for policy in [agent, *policies]:
         new = Transitions(*map(th.cat, zip(*collect(policy, env, n_steps), strict=True)))
         distance = gaussian_kl(*gaussian_of(policy.actor, policy, new.obs), *gaussian_of(agent.actor, agent, new.obs))
         kl.append(distance.mean().item())
         shift.append(policy_shift_from_kl(distance))
         x, y = _as_regression(new)
-        rmse.append([_relative_error(model, x, y, scale) for model, _ in models])
+        error.append([_relative_error(model, x, y, scale) for model, _ in models])
         model_error.append([model_error_from_nll(model.nll(x, y), reference) for model, reference in models])
-    return PolicyShift(list(data_sizes), np.array(kl), np.array(shift), np.array(rmse).T, np.array(model_error).T)
+    return PolicyShift(list(data_sizes), np.array(kl), np.array(shift), np.array(error).T, np.array(model_error).T)
 
 
 def _as_regression(transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
@@ -112,7 +112,7 @@ def _as_regression(transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
 def _relative_error(model: Ensemble, inputs: th.Tensor, targets: th.Tensor, scale: th.Tensor) -> float:
     with th.no_grad():
         mean, _ = model(inputs.expand(model.n_members, -1, -1))
-        errors = (mean[model.elites.long()].mean(dim=0) - targets)[:, 1:].square().mean(dim=0).sqrt()
+        errors = (mean[model.elites.long()].mean(dim=0) - targets)[:, 1:].abs().mean(dim=0)
     varies = scale > 0
     return (errors / scale)[varies].mean().item()
 

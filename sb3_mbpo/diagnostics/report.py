@@ -232,8 +232,8 @@ def of_shift(shift: PolicyShift, gamma: float) -> tuple[list[Finding], Section]:
     section = Section(
         "Policies that move away from the data",
         [
-            f"A model of {size:,} transitions of the present policy: error {shift.rmse[-1, 0]:.3f} on its own new data, "
-            f"{shift.rmse[-1, -1]:.3f} on those of the last policy, in standard deviations of the changes.",
+            f"A model of {size:,} transitions of the present policy: error {shift.error[-1, 0]:.3f} on its own new data, "
+            f"{shift.error[-1, -1]:.3f} on those of the last policy, in standard deviations of the changes.",
             "d error / d policy shift (total variation): "
             + ", ".join(f"{slope:.2f} ({n:,})" for n, slope in zip(shift.data_sizes, slopes, strict=True))
             + ".",
