@@ -142,7 +142,8 @@ class EvaluateAndSave(BaseCallback):
             **self._seconds(start),
             **self.about,
         }
-        self.rows.append(row)
+        # One for each step: where a run ends that went on before, the evaluation of several episodes
+        self.rows = [*(each for each in self.rows if each["step"] < step), row]
         write_rows(self.run.table, self.rows)
         self._save(step)
         self.own_seconds += time.perf_counter() - start
@@ -177,11 +178,11 @@ class EvaluateAndSave(BaseCallback):
         if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
             (temporary / self.run.env).mkdir()
             vec_normalize.save(str(temporary / self.run.env / "vecnormalize.pkl"))
-        previous = self.run.checkpoint()
-        target = folder / f"checkpoint-{step:09d}"
+        previous, target = self.run.checkpoint(), folder / f"checkpoint-{step:09d}"
+        outdated = folder / "outdated"
+        shutil.rmtree(outdated, ignore_errors=True)
         if previous == target:
-            # After a kill between the row and the checkpoint's end, or at an end that was one before
-            previous = previous.rename(folder / "outdated")
+            previous = previous.rename(outdated)
         temporary.rename(target)
         if previous is not None:
             shutil.rmtree(previous)
@@ -256,12 +257,15 @@ def _train(run: Run, folder: Path) -> None:
     checkpoint = run.checkpoint()
     rows = rows_before(run, checkpoint)
     resumed = 0 if checkpoint is None else int(rows[-1]["resumed"]) + 1
-    set_random_seed(run.seed + 1_000_000 * resumed)
+    set_random_seed(run.seed)
     th.set_num_threads(run.threads)
     manager = make_manager(run, checkpoint)
     setup = manager.setup_experiment()
     assert setup is not None
     model: BaseAlgorithm = setup[0]
+    if resumed:
+        # A loaded agent has seeded everything as at its beginning: the same episodes and the same noise would come again
+        model.set_random_seed(run.seed + 1_000_000 * resumed)
     model.set_logger(configure(str(folder / f"progress-{model.num_timesteps:09d}"), ["csv"]))
     callback = EvaluateAndSave(run, manager, rows, resumed)
     # Not by the manager, which would count steps from 0 again

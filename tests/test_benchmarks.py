@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -65,6 +66,30 @@ def test_a_run_from_start_to_end(tmp_path):
     assert [row["step"] for row in rows] == [100, 200, 250, 300, 400] and [row["resumed"] for row in rows] == [0, 0, 0, 1, 1]
     seconds = [row["wall_seconds"] for row in rows]
     assert seconds == sorted(seconds)
+
+
+def test_a_run_ends_where_it_was_evaluated_before(tmp_path):
+    """One that was to be longer: ten episodes in the place of one."""
+    run = make_run(tmp_path, 250)
+    train(run)
+    rows = read_rows(run.table)
+    write_rows(run.table, [*rows[:2], {**rows[2], "episodes": 1}])
+    assert not run.is_finished
+    train(run)
+    assert [(row["step"], row["episodes"]) for row in read_rows(run.table)] == [(100, 1), (200, 1), (250, 10)]
+    assert run.checkpoint().name == "checkpoint-000000250" and not (run.checkpoint().parent / "outdated").exists()
+
+
+def test_other_episodes_come_after_an_interruption(tmp_path):
+    """A loaded agent seeds the environment as at the beginning, which would begin the same episodes again."""
+    run = make_run(tmp_path, 600)
+    train(run)
+    train(run._replace(steps=1_200))
+    with (run.checkpoint() / "replay_buffer.pkl").open("rb") as file:
+        buffer = pickle.load(file)
+    # An episode has 200 steps
+    starts = buffer.observations[[0, 200, 400, 600, 800, 1_000], 0]
+    assert len(np.unique(starts, axis=0)) == 6
 
 
 @pytest.mark.parametrize(
