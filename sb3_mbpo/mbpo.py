@@ -145,6 +145,8 @@ class MBPO(SAC):
     :param rollout_start: Where model rollouts start: "replay", in any state of the replay buffer, all equally likely (paper,
         section 4.2: branched rollouts), or "initial", in its first states of episodes, hence in the initial state
         distribution (paper, section 5, "Model usage"), for which rollouts must be as long as episodes are to see all of them.
+    :param value_expansion_horizon: Steps under the model after which the critics' targets take the value of the state that it
+        predicts (paper, Figure 3, right; Feinberg et al. 2018), 0 for SAC's targets
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
 
