@@ -72,8 +72,7 @@ def returns(table: pd.DataFrame, env: str, algo: str) -> pd.DataFrame:
     :return: Returns by step (index) and seed (column), NaN where a seed was not evaluated
     """
     rows = table[(table["env"] == env) & (table["algo"] == algo)]
-    # At the end there may be an evaluation of one episode and one of several
-    return rows.pivot_table(index="step", columns="seed", values="return", aggfunc="last").sort_index()
+    return rows.pivot(index="step", columns="seed", values="return").sort_index()
 
 
 def smoothed(values: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -244,8 +245,6 @@ def test_errors_of_the_command_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     with pytest.raises(SystemExit, match="2"):
         main()
-    import re
-
     assert re.search(message, capsys.readouterr().err)
 
 
