@@ -1,18 +1,29 @@
-"""Compiling a function of tensors to one graph with ``torch.compile``."""
+"""Compiling functions of tensors to one graph each with ``torch.compile``, and deciding whether it is worth it."""
 
 import functools
 import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+
+from sb3_mbpo import value_expansion
+from sb3_mbpo.dynamics.training import train_step, try_step
+from sb3_mbpo.update import not_covered, sac_update, try_update
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Graphs of one function in one process: each size of networks and batches has its own. torch gives up after 8.
 MAX_GRAPHS = 256
+
+# With fewer updates than these, a cold compilation takes longer than it saves
+MIN_UPDATES_TO_COMPILE = 10_000
 
 
 @functools.cache
@@ -49,3 +60,68 @@ def why_not(attempt: Callable[[], None]) -> str | None:
     except Exception as error:
         return f"torch.compile failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return None
+
+
+def planned_updates(agent: "MBPO", total_timesteps: int) -> float:
+    """
+    :param agent: Before or amid training
+    :param total_timesteps: At which ``num_timesteps`` training ends
+    :return: How many gradient updates there will be until then; where it depends on the length of episodes, one for each step
+    """
+    warm_up = max(agent.learning_starts - agent.lifetime_timesteps, 0)
+    steps = max(total_timesteps - agent.num_timesteps - warm_up, 0)
+    assert isinstance(agent.train_freq, TrainFreq)
+    is_in_steps = agent.train_freq.unit is TrainFrequencyUnit.STEP and agent.train_freq.frequency > 0
+    if agent.gradient_steps < 0 or not is_in_steps:
+        # How long episodes are is not known; what is no frequency SB3 refuses later
+        return steps
+    return steps * agent.gradient_steps / (agent.train_freq.frequency * agent.n_envs)
+
+
+def compile_all(agent: "MBPO", n_updates: float) -> dict[str, str | None]:
+    """
+    Compile now what will be used compiled: what cannot be done shows early.
+
+    :param agent: Whose argument ``compile`` says whether; not changed
+    :param n_updates: That are planned
+    :return: For "updates", and for "model" if the agent uses one: why it is not compiled, None if it is
+    """
+    reason = None
+    if not agent.compile:
+        reason = "`compile` is False"
+    elif agent.compile == "auto" and n_updates < MIN_UPDATES_TO_COMPILE:
+        reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
+    reasons = {"updates": reason or not_covered(agent) or why_not(lambda: _compile_updates(agent))}
+    if agent.uses_model:
+        reasons["model"] = reason or why_not(lambda: try_step(agent.dynamics, compiled(train_step, agent.device.type)))
+    return reasons
+
+
+def _compile_updates(agent: "MBPO") -> None:
+    if agent.value_expansion_horizon > 0:
+        value_expansion.try_expanded_update(agent, compiled(value_expansion.expanded_update, agent.device.type))
+    else:
+        try_update(agent, agent.batch_size, compiled(sac_update, agent.device.type))
+
+
+def report_compilation(agent: "MBPO", reasons: dict[str, str | None]) -> None:
+    """
+    Print what is compiled if the agent is verbose, and warn if the user asked for more.
+
+    :param agent: About to learn, called from what ``learn()`` calls
+    :param reasons: From :func:`compile_all`
+    """
+    names = {"updates": "gradient updates", "model": "model training"}
+    instead = "" if agent.value_expansion_horizon > 0 else " (by SB3's SAC.train)"
+    for reason in dict.fromkeys(reasons.values()):
+        which = " and ".join(names[what] for what in reasons if reasons[what] == reason)
+        if reason is None:
+            message = f"Compiled: {which}, in {agent.seconds['compile']:.0f} s"
+        else:
+            which = which.replace(names["updates"], names["updates"] + instead)
+            message = f"Not compiled: {which}, because {reason}"
+            if agent.compile is True:
+                warnings.warn(message, stacklevel=4)
+                continue
+        if agent.verbose >= 1:
+            print(message)

@@ -1,7 +1,6 @@
 """The algorithm as a user of Stable-Baselines3 meets it: constructor, training loop, saving and loading. No mathematics."""
 
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from io import BufferedIOBase
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
@@ -17,11 +15,12 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
 
 from sb3_mbpo import __version__, value_expansion
+from sb3_mbpo.arguments import check_arguments, check_sizes
 from sb3_mbpo.buffers import (
     MixedReplayBuffer,
     ModelReplayBuffer,
@@ -32,15 +31,14 @@ from sb3_mbpo.buffers import (
 )
 from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
 from sb3_mbpo.checkpoints import atomic_file, explained, saved_attributes
-from sb3_mbpo.compilation import compiled, why_not
+from sb3_mbpo.compilation import compile_all, compiled, planned_updates, report_compilation
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.open_loop import OpenLoopError
 from sb3_mbpo.dynamics.termination import TerminationClassifier
-from sb3_mbpo.dynamics.training import train_step, try_step
-from sb3_mbpo.dynamics.user_functions import TransitionFn, check_transition_fn
+from sb3_mbpo.dynamics.user_functions import TransitionFn
 from sb3_mbpo.errors import DivergenceError, UnsupportedSpaceError
 from sb3_mbpo.model_env import ModelEnv
-from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number, longest_rollout, rollout_length
+from sb3_mbpo.schedules import longest_rollout, rollout_length
 from sb3_mbpo.spaces import check_goals, check_spaces, flat_dim
 from sb3_mbpo.update import (
     has_finite_networks,
@@ -50,15 +48,11 @@ from sb3_mbpo.update import (
     restore_networks,
     run_updates,
     sac_update,
-    try_update,
 )
 
 __all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy", "UnsupportedSpaceError"]
 
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
-
-# With fewer updates than these, a cold compilation takes longer than it saves
-MIN_UPDATES_TO_COMPILE = 10_000
 
 
 class MBPO(SAC):
@@ -269,51 +263,8 @@ class MBPO(SAC):
         if _init_setup_model:
             self._setup_model()
 
-    def _check_arguments(self) -> None:
-        """
-        :raises ValueError: if one of MBPO's own arguments is not in its range
-        """
-        whole = ("batch_size", "ensemble_size", "num_elites", "model_train_freq", "rollout_batch_size", "model_retain_epochs")
-        for name in whole:
-            value = getattr(self, name)
-            if not is_whole_number(value) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number, 1 or more, not {value!r}")
-        if self.num_elites > self.ensemble_size:
-            raise ValueError(
-                f"`num_elites` must not be larger than `ensemble_size` ({self.ensemble_size}), but is {self.num_elites}"
-            )
-        sizes = self.model_hidden_sizes
-        if not isinstance(sizes, list | tuple) or not sizes or not all(is_whole_number(size) and size > 0 for size in sizes):
-            raise ValueError(f"`model_hidden_sizes` must be a list or tuple of whole numbers, 1 or more, not {sizes!r}")
-        for name, allowed in (
-            ("model_learning_rate", "a finite number above 0"),
-            ("real_ratio", "a number from 0 (no real transitions in a batch) to 1 (no model)"),
-        ):
-            value = getattr(self, name)
-            is_valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if not is_valid or not (0 <= value <= 1 if name == "real_ratio" else 0 < value < np.inf):
-                raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
-        if self.model_max_epochs is not None and (not is_whole_number(self.model_max_epochs) or self.model_max_epochs < 1):
-            raise ValueError(
-                f"`model_max_epochs` must be a whole number, 1 or more, or None (no limit), not {self.model_max_epochs!r}"
-            )
-        if not isinstance(self.compile, bool) and self.compile != "auto":
-            raise ValueError(f"`compile` must be True, False or 'auto', not {self.compile!r}")
-        if not is_whole_number(self.value_expansion_horizon) or self.value_expansion_horizon < 0:
-            raise ValueError(
-                "`value_expansion_horizon` must be a whole number, 1 or more, or 0 (no value expansion), not "
-                f"{self.value_expansion_horizon!r}"
-            )
-        check_rollout_schedule(self.rollout_schedule)
-        if self.rollout_start not in ("replay", "initial"):
-            raise ValueError(f"`rollout_start` must be 'replay' or 'initial', not {self.rollout_start!r}")
-        assert isinstance(self.action_space, spaces.Box)
-        for name, boolean in (("termination_fn", True), ("reward_fn", False)):
-            if getattr(self, name) is not None:
-                check_transition_fn(getattr(self, name), name, self.observation_space, self.action_space, boolean)
-
     def _setup_model(self) -> None:
-        self._check_arguments()
+        check_arguments(self)
         if isinstance(self.replay_buffer_class, type) and issubclass(self.replay_buffer_class, HerReplayBuffer):
             check_goals(self.observation_space)
         super()._setup_model()
@@ -326,20 +277,6 @@ class MBPO(SAC):
         if self.verbose >= 1 and self.uses_generated_data:
             room, gigabytes = len(self.model_buffer.rewards), self.model_buffer.n_bytes / 1e9
             print(f"Model buffer: room for {room:,} generated transitions, {gigabytes:.2f} GB when it is full")
-
-    def _check_sizes(self) -> None:
-        """
-        :raises ValueError: if an argument was changed to which the networks of the model were made
-        """
-        hidden = [weight.shape[2] for weight in self.dynamics.weights[:-1]]
-        members, elites = self.dynamics.n_members, len(self.dynamics.elites)
-        for name, size in {"ensemble_size": members, "num_elites": elites, "model_hidden_sizes": hidden}.items():
-            value = getattr(self, name)
-            if (list(value) if name == "model_hidden_sizes" else value) != size:
-                raise ValueError(
-                    f"`{name}` was changed to {value!r}, but the model was made with {size!r} and cannot be changed: make a "
-                    f"new agent, or set it back to {size!r}"
-                )
 
     def _make_model_buffer(self) -> ModelReplayBuffer:
         """For rollouts of the present length, with room for the longest to come."""
@@ -546,60 +483,6 @@ class MBPO(SAC):
             self._model_env = ModelEnv(self, self.env)
         return self._model_env
 
-    def _planned_updates(self, total_timesteps: int) -> float:
-        """How many gradient updates there will be until ``num_timesteps`` is ``total_timesteps``."""
-        warm_up = max(self.learning_starts - self.lifetime_timesteps, 0)
-        steps = max(total_timesteps - self.num_timesteps - warm_up, 0)
-        assert isinstance(self.train_freq, TrainFreq)
-        is_in_steps = self.train_freq.unit is TrainFrequencyUnit.STEP and self.train_freq.frequency > 0
-        if self.gradient_steps < 0 or not is_in_steps:
-            # How long episodes are is not known; what is no frequency SB3 refuses later
-            return steps
-        return steps * self.gradient_steps / (self.train_freq.frequency * self.n_envs)
-
-    def _set_up_compilation(self, total_timesteps: int) -> None:
-        """Decide what is compiled in this ``learn()``, and compile it now: what cannot be done shows early."""
-        start, n_updates = time.perf_counter(), self._planned_updates(total_timesteps)
-        reason = None
-        if not self.compile:
-            reason = "`compile` is False"
-        elif self.compile == "auto" and n_updates < MIN_UPDATES_TO_COMPILE:
-            reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
-        reasons = {"updates": reason or not_covered(self), "model": reason}
-        attempts = {
-            "updates": self._try_update,
-            "model": lambda: try_step(self.dynamics, compiled(train_step, self.device.type)),
-        }
-        if not self.uses_model:
-            del reasons["model"]
-        for what, reason in reasons.items():
-            reasons[what] = reason or why_not(attempts[what])
-        self.is_compiled = {what: reasons.get(what, "") is None for what in attempts}
-        self.seconds["compile"] = time.perf_counter() - start
-        self._report_compilation(reasons)
-
-    def _try_update(self) -> None:
-        if self.value_expansion_horizon > 0:
-            value_expansion.try_expanded_update(self, compiled(value_expansion.expanded_update, self.device.type))
-        else:
-            try_update(self, self.batch_size, compiled(sac_update, self.device.type))
-
-    def _report_compilation(self, reasons: dict[str, str | None]) -> None:
-        names = {"updates": "gradient updates", "model": "model training"}
-        instead = "" if self.value_expansion_horizon > 0 else " (by SB3's SAC.train)"
-        for reason in dict.fromkeys(reasons.values()):
-            which = " and ".join(names[what] for what in reasons if reasons[what] == reason)
-            if reason is None:
-                message = f"Compiled: {which}, in {self.seconds['compile']:.0f} s"
-            else:
-                which = which.replace(names["updates"], names["updates"] + instead)
-                message = f"Not compiled: {which}, because {reason}"
-                if self.compile is True:
-                    warnings.warn(message, stacklevel=5)
-                    continue
-            if self.verbose >= 1:
-                print(message)
-
     def _setup_learn(
         self,
         total_timesteps: int,
@@ -609,8 +492,8 @@ class MBPO(SAC):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         # Attributes may have been changed, and a replay buffer may have been loaded, since they were checked
-        self._check_arguments()
-        self._check_sizes()
+        check_arguments(self)
+        check_sizes(self)
         assert self.replay_buffer is not None
         check_finite(self.replay_buffer)
         steps = self.num_timesteps
@@ -626,7 +509,11 @@ class MBPO(SAC):
                 f"All of these steps are random: learning starts after {self.learning_starts:,} of the agent's life "
                 f"(`learning_starts`), and it will have made {self.lifetime_timesteps + result[0] - self.num_timesteps:,}"
             )
-        self._set_up_compilation(result[0])
+        start = time.perf_counter()
+        reasons = compile_all(self, planned_updates(self, result[0]))
+        self.is_compiled = {what: reasons.get(what, "") is None for what in self.is_compiled}
+        self.seconds["compile"] = time.perf_counter() - start
+        report_compilation(self, reasons)
         return result
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
@@ -667,7 +554,7 @@ class MBPO(SAC):
         :param include: name of parameters that might be excluded but should be included anyway
         :raises ValueError: if an attribute was changed to which the networks of the model were made: it could not be loaded
         """
-        self._check_sizes()
+        check_sizes(self)
         self.sb3_mbpo_version = __version__
         with atomic_file(path, "zip") if isinstance(path, str | Path) else nullcontext(path) as file:
             super().save(file, exclude, include)  # type: ignore[arg-type]

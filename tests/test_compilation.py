@@ -16,9 +16,9 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch.distributions import normal
 
-from sb3_mbpo import MBPO, callbacks, mbpo
+from sb3_mbpo import MBPO, callbacks, compilation, mbpo
 from sb3_mbpo.buffers import MixedReplayBuffer, ModelReplayBuffer
-from sb3_mbpo.compilation import compiled
+from sb3_mbpo.compilation import compiled, planned_updates
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_epoch, train_step, try_step
 from sb3_mbpo.update import optimizers
@@ -75,13 +75,13 @@ def test_planned_updates(kwargs, total, updates):
         kwargs = {**kwargs, "env": make_vec_env("Pendulum-v1", n_envs=2)}
     agent = make_agent(**kwargs)
     agent._convert_train_freq()
-    assert agent._planned_updates(total) == updates
+    assert planned_updates(agent, total) == updates
 
 
 def test_planned_updates_of_a_second_run():
     agent = make_agent(gradient_steps=1).learn(80)
     # The warm-up is over
-    assert agent._planned_updates(180) == 100
+    assert planned_updates(agent, 180) == 100
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_planned_updates_of_a_second_run():
 )
 def test_when_it_is_compiled(compile, bar, expected, monkeypatch, capsys):
     """50 updates are planned."""
-    monkeypatch.setattr(mbpo, "MIN_UPDATES_TO_COMPILE", bar)
+    monkeypatch.setattr(compilation, "MIN_UPDATES_TO_COMPILE", bar)
     agent = make_agent(compile=compile, verbose=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -165,7 +165,7 @@ def graphs(monkeypatch):
 
         return call
 
-    for module in (mbpo, callbacks):
+    for module in (mbpo, callbacks, compilation):
         monkeypatch.setattr(module, "compiled", compiled)
     return calls
 
@@ -289,9 +289,9 @@ def test_whatever_stops_the_compiler_is_no_failure(error, monkeypatch, capsys):
     def fails(*arguments):
         raise error
 
-    for module in (mbpo, callbacks):
+    for module in (mbpo, callbacks, compilation):
         monkeypatch.setattr(module, "compiled", lambda function, device_type: fails)
-    monkeypatch.setattr(mbpo, "MIN_UPDATES_TO_COMPILE", 1)
+    monkeypatch.setattr(compilation, "MIN_UPDATES_TO_COMPILE", 1)
     agent = make_agent(verbose=1).learn(65, log_interval=1_000)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "ompiled:" in line]
     assert f"because torch.compile failed: {type(error).__name__}" in line and agent._n_updates == 5
@@ -299,9 +299,9 @@ def test_whatever_stops_the_compiler_is_no_failure(error, monkeypatch, capsys):
 
 LEARN = """
 from torch._dynamo.utils import counters
-from sb3_mbpo import mbpo
+from sb3_mbpo import compilation
 from tests.agents import make_agent
-mbpo.MIN_UPDATES_TO_COMPILE = 1
+compilation.MIN_UPDATES_TO_COMPILE = 1
 agent = make_agent(verbose=1, gradient_steps=10).learn(61, log_interval=None)
 print("updates", agent._n_updates, agent.is_compiled, "misses", counters["inductor"]["fxgraph_cache_miss"])
 """
@@ -310,7 +310,7 @@ print("updates", agent._n_updates, agent.is_compiled, "misses", counters["induct
 @pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
 def test_compilation_switched_off(switch, monkeypatch, capsys):
     monkeypatch.setenv(switch, "1")
-    monkeypatch.setattr(mbpo, "MIN_UPDATES_TO_COMPILE", 1)
+    monkeypatch.setattr(compilation, "MIN_UPDATES_TO_COMPILE", 1)
     agent = make_agent(verbose=1).learn(62, log_interval=1_000)
     assert f"because {switch} is set" in capsys.readouterr().out
     assert agent.is_compiled == {"updates": False, "model": False} and agent._n_updates == 2
