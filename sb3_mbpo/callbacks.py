@@ -174,7 +174,8 @@ class DynamicsCallback(BaseCallback):
             return
         agent.open_loop_error = error
         if is_auto:
-            agent.auto_rollout_length = auto_rollout_length(error.relative().tolist(), agent.auto_rollout_length)
+            errors = error.relative("sample_rmse").tolist()
+            agent.auto_rollout_length = auto_rollout_length(errors, agent.auto_rollout_length)
 
     def _train_model(self, transitions: Transitions) -> None:
         agent = self.model

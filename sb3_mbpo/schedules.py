@@ -6,8 +6,7 @@ from itertools import takewhile
 
 # Longest rollouts of the "auto" schedule: the paper's longest
 AUTO_MAX = 25
-# Largest error of the model's prediction, as a share of the standard deviation of real observations, with which "auto" trusts
-# a rollout
+# Largest error of a generated state, as a share of the standard deviation of real observations, with which "auto" trusts it
 AUTO_TOLERANCE = 0.1
 
 
@@ -37,8 +36,8 @@ def auto_rollout_length(errors: Sequence[float], previous: int) -> int:
     The paper's theory (:mod:`sb3_mbpo.theory`) weighs the model's error against the policy's shift in its place, but its
     constants are too pessimistic to be used as they are: they hardly ever allow a single step.
 
-    :param errors: Error of the model's predictions after 1, 2, ... steps, as a share of the standard deviation of real
-        observations, averaged over their dimensions; on real transitions that the model was not trained on
+    :param errors: Error of generated states after 1, 2, ... steps, as a share of the standard deviation of real observations,
+        averaged over their dimensions; on real transitions that the model was not trained on
     :param previous: The present ``k``, from 1 to 25
     :return: ``k``, from 1 to 25: the number of steps up to the first error above 0.1
     """

@@ -98,6 +98,9 @@ def test_error_and_calibration_on_a_random_walk(believed, one_sigma, two_sigma):
         np.testing.assert_allclose(error.r2()[row, 1:], 0, atol=0.05)
     np.testing.assert_allclose(error.relative(), [sigma / 2, sigma], rtol=0.05)
     np.testing.assert_allclose(error.relative("std"), [believed * sigma / 2, believed * sigma], rtol=0.05)
+    # One trajectory under the model and the real one both walk
+    both = sigma * math.sqrt(1 + believed**2)
+    np.testing.assert_allclose(error.relative("sample_rmse"), [both / 2, both], rtol=0.05)
 
 
 def test_r2_of_a_right_and_of_a_wrong_model():

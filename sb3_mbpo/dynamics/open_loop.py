@@ -125,9 +125,17 @@ class OpenLoopError(NamedTuple):
         """
         return self.scale[1:] > 0
 
+    @property
+    def sample_rmse(self) -> th.Tensor:
+        """
+        :return: Root mean square error of a single trajectory under the model, such as model rollouts are: the error of the
+            mean prediction and the deviation from it, ``(n_steps, 1 + obs_dim)``
+        """
+        return (self.rmse.square() + self.std.square()).sqrt()
+
     def relative(self, of: str = "rmse") -> th.Tensor:
         """
-        :param of: "rmse" or "std"
+        :param of: "rmse", "std" or "sample_rmse"
         :return: In units of the real data's standard deviation, averaged over the dimensions of the observation that vary,
             ``(n_steps,)``
         """
