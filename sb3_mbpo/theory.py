@@ -18,6 +18,13 @@ def _check(gamma: float, **others: float) -> None:
         if not 0 <= value <= (1 if is_distance else math.inf):
             allowed = "a total variation distance, from 0 to 1" if is_distance else "0 or more"
             raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
+        if name == "rollout_length" and value not in (math.inf, value // 1):
+            raise ValueError(f"`rollout_length` must be a whole number or infinity, not {value!r}")
+
+
+def _k_times(rollout_length: float, error: float) -> float:
+    """A model without error may be followed for ever."""
+    return rollout_length * error if error > 0 else 0.0
 
 
 def return_gap(model_error: float, policy_shift: float, reward_max: float, gamma: float) -> float:
@@ -39,7 +46,7 @@ def return_gap(model_error: float, policy_shift: float, reward_max: float, gamma
 
 
 def branched_return_gap(
-    model_error: float, policy_shift: float, reward_max: float, gamma: float, rollout_length: int
+    model_error: float, policy_shift: float, reward_max: float, gamma: float, rollout_length: float
 ) -> float:
     """
     The same for rollouts of ``k`` steps that branch from real states (paper, Theorem 4.2). It never decreases with ``k``:
@@ -49,7 +56,7 @@ def branched_return_gap(
     :param policy_shift: As in :func:`return_gap`
     :param reward_max: Largest absolute reward
     :param gamma: Discount, in [0, 1)
-    :param rollout_length: ``k``, 0 or more
+    :param rollout_length: ``k``, 0 or more, or infinity
     :return: The gap, in units of return
     :raises ValueError: if an argument is not in its range
     """
@@ -57,11 +64,11 @@ def branched_return_gap(
     k = rollout_length
     before = gamma ** (k + 1) * policy_shift / (1 - gamma) ** 2
     within = (gamma**k + 2) * policy_shift / (1 - gamma)
-    return 2 * reward_max * (before + within + k * (model_error + 2 * policy_shift) / (1 - gamma))
+    return 2 * reward_max * (before + within + _k_times(k, model_error + 2 * policy_shift) / (1 - gamma))
 
 
 def branched_return_gap_current(
-    model_error: float, policy_shift: float, reward_max: float, gamma: float, rollout_length: int
+    model_error: float, policy_shift: float, reward_max: float, gamma: float, rollout_length: float
 ) -> float:
     """
     The same with the model's error under the present policy (paper, Theorem 4.3), which can make a model worth its use: see
@@ -72,7 +79,7 @@ def branched_return_gap_current(
     :param policy_shift: As in :func:`return_gap`
     :param reward_max: Largest absolute reward
     :param gamma: Discount, in [0, 1)
-    :param rollout_length: ``k``, 0 or more
+    :param rollout_length: ``k``, 0 or more, or infinity
     :return: The gap, in units of return
     :raises ValueError: if an argument is not in its range
     """
@@ -80,7 +87,7 @@ def branched_return_gap_current(
     k = rollout_length
     before = gamma ** (k + 1) * policy_shift / (1 - gamma) ** 2
     within = gamma**k * policy_shift / (1 - gamma)
-    return 2 * reward_max * (before + within + k * model_error / (1 - gamma))
+    return 2 * reward_max * (before + within + _k_times(k, model_error) / (1 - gamma))
 
 
 def optimal_rollout_length(model_error: float, policy_shift: float, gamma: float) -> float:
@@ -106,7 +113,7 @@ def optimal_rollout_length(model_error: float, policy_shift: float, gamma: float
         return math.inf
     k = max(math.ceil(math.log(model_error / policy_shift) / math.log(gamma)), 1)
     # Logarithms of numbers whose ratio is a power of gamma may miss a whole number by one rounding error
-    return float(k - 1 if policy_shift * gamma ** (k - 1) <= model_error * (1 + 1e-12) else k)
+    return float(k - 1 if k > 1 and policy_shift * gamma ** (k - 1) <= model_error * (1 + 1e-12) else k)
 
 
 def current_model_error(model_error: float, policy_shift: float, slope: float) -> float:

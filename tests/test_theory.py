@@ -51,6 +51,58 @@ def test_limits(distance, gamma, reward_max):
     assert branched_return_gap_current(distance, 0, reward_max, gamma, 5) == pytest.approx(expected)
     # A perfect model used for ever leaves no gap by Theorem 4.3
     assert branched_return_gap_current(0, distance, reward_max, gamma, 100_000) == pytest.approx(0)
+    assert branched_return_gap_current(0, distance, reward_max, gamma, math.inf) == 0
+    if distance > 0 and reward_max > 1e-6:
+        assert branched_return_gap_current(distance, 0.3, reward_max, gamma, math.inf) == math.inf
+        assert branched_return_gap(distance, 0.3, reward_max, gamma, math.inf) == math.inf
+
+
+def _rows(rng, *shape):
+    """Random distributions, some of them nearly certain."""
+    return rng.dirichlet(np.full(shape[-1], rng.choice([0.05, 0.5, 3])), shape[:-1])
+
+
+def _path(start, policy, dynamics, n_steps=300):
+    """Distributions over states."""
+    states = [start]
+    for _ in range(n_steps):
+        states.append(np.einsum("s,sa,sat->t", states[-1], policy, dynamics))
+    return states
+
+
+def _expected(states, policy, of):
+    return np.einsum("ts,sa,sa->t", np.array(states), policy, of)
+
+
+def test_bounds_hold_in_small_random_worlds():
+    """Exact returns and distances in tabular Markov decision processes of four states and two actions."""
+    rng, closest = np.random.default_rng(0), np.zeros(3)
+    for _ in range(60):
+        gamma, reward, start = rng.uniform(0.3, 0.9), rng.choice([-1.0, 1.0], (4, 2)), _rows(rng, 4)
+        world, old = _rows(rng, 4, 2, 4), _rows(rng, 4, 2)
+        model_mix, policy_mix = rng.uniform(size=2) ** 2
+        model = (1 - model_mix) * world + model_mix * _rows(rng, 4, 2, 4)
+        new = (1 - policy_mix) * old + policy_mix * _rows(rng, 4, 2)
+        distance = np.abs(world - model).sum(axis=2) / 2
+        shift = np.abs(new - old).sum(axis=1).max() / 2
+        visited, powers = _path(start, old, world), gamma ** np.arange(301)
+        error = min(_expected(visited, old, distance).max(), 1)
+        in_world, in_model = (powers @ _expected(_path(start, new, where), new, reward) for where in (world, model))
+        pairs = [(0, abs(in_world - in_model), return_gap(error, shift, 1, gamma))]
+        for k in (0, 1, 2, 5):
+            # At each time: the old policy in the world, but for the last k steps, the new policy's in the model
+            last_steps = [_path(visited[max(t - k, 0)], new, model, min(t, k)) for t in range(301)]
+            branched = powers @ _expected([states[-1] for states in last_steps], new if k else old, reward)
+            rolled_out = [state for states in last_steps for state in states[: max(len(states) - 1, 1)]]
+            current_error = min(_expected(rolled_out, new, distance).max(), 1)
+            gap = abs(in_world - branched)
+            pairs.append((1, gap, branched_return_gap(error, shift, 1, gamma, k)))
+            pairs.append((2, gap, branched_return_gap_current(current_error, shift, 1, gamma, k)))
+        for theorem, gap, bound in pairs:
+            assert gap <= bound * (1 + 1e-6)
+            closest[theorem] = max(closest[theorem], gap / bound)
+    # They are no larger than they need to be by orders of magnitude
+    assert (closest > [0.2, 0.2, 0.4]).all()
 
 
 @given(distances, distances, discounts, st.integers(0, 100))
@@ -70,6 +122,7 @@ def test_relations_of_the_theorems(model_error, shift, gamma, k):
 @example(0.9**7, 1, 0.9)
 @example(0, 1, 0)
 @example(0, 0, 0.9)
+@example(math.nextafter(0.5, 0), 0.5, 0.9)
 def test_optimal_rollout_length_is_the_best_of_all(model_error, shift, gamma):
     best = optimal_rollout_length(model_error, shift, gamma)
     assert (best > 0) == (model_error < shift)
@@ -100,6 +153,8 @@ def test_arguments_out_of_range(function, name, value):
         arguments["rollout_length"] = 1
         with pytest.raises(ValueError, match=r"`rollout_length` must be 0 or more, not -1"):
             function(**{**arguments, "rollout_length": -1})
+        with pytest.raises(ValueError, match=r"`rollout_length` must be a whole number or infinity, not 1.5"):
+            function(**{**arguments, "rollout_length": 1.5})
     with pytest.raises(ValueError, match=f"`{name}` must be .*, not {value}"):
         function(**{**arguments, name: value})
 
