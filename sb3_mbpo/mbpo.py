@@ -120,8 +120,8 @@ class MBPO(SAC):
         lower ``rollout_batch_size`` in proportion. Or "auto": as long as the model's measured error allows, from 1 to 25
         (:func:`sb3_mbpo.schedules.auto_rollout_length`).
     :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
-    :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 no model is used: plain SAC (the paper's
-        "no model").
+    :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 there are no model rollouts, and without
+        ``value_expansion_horizon`` no model: plain SAC (the paper's "no model").
     :param termination_fn: Which transitions are terminal: ``termination_fn(obs, action, next_obs)`` gets arrays of shape
         ``(n, *space.shape)``, not normalised (for ``Dict`` observations dictionaries of them), and returns a bool array of
         shape ``(n,)``. If None, it is derived from the

@@ -11,6 +11,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.buffers import normalized
+from sb3_mbpo.dynamics.open_loop import open_loop
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, model_step, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
@@ -104,6 +105,19 @@ class ModelEnv:
             binary=self.binary_dims,
         )
 
+    def open_loop(self, obs: th.Tensor, actions: th.Tensor, n_particles: int) -> Iterator[tuple[th.Tensor, th.Tensor]]:
+        """
+        Follow recorded actions (see :func:`sb3_mbpo.dynamics.open_loop.open_loop`), further than the model is trusted: what is
+        far from all data need not have a finite reward.
+
+        :param obs: Start states, ``(n, obs_dim)``
+        :param actions: ``(n, horizon, action_dim)``
+        :param n_particles: Trajectories from each start
+        :return: For each step observations ``(n, n_particles, obs_dim)`` and rewards ``(n, n_particles)``
+        """
+        reward = self._reward(finite=False)
+        return open_loop(self.agent.dynamics, obs, actions, n_particles, reward, self.goal_dims, self.binary_dims)
+
     def as_policy(self, obs: th.Tensor) -> Any:
         """
         :param obs: ``(n, obs_dim)``
@@ -135,22 +149,25 @@ class ModelEnv:
     @property
     def reward(self) -> Reward | None:
         """The user's function, the environment's own where hindsight experience replay would ask it, None for the model."""
+        return self._reward(finite=True)
+
+    def _reward(self, finite: bool) -> Reward | None:
         buffer = self.agent.replay_buffer
         if self.agent.reward_fn is not None:
-            return partial(self._apply, self.agent.reward_fn, "reward_fn", boolean=False)
+            return partial(self._apply, self.agent.reward_fn, "reward_fn", boolean=False, finite=finite)
         # What rewards take from `info`, nobody knows in a model rollout
         if isinstance(buffer, HerReplayBuffer) and not buffer.copy_info_dict:
-            return self._goal_reward
+            return partial(self._goal_reward, finite=finite)
         return None
 
-    def _goal_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+    def _goal_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, finite: bool) -> th.Tensor:
         reached = in_space(self.agent.observation_space, next_obs)
         infos: list[dict[str, Any]] = [{} for _ in next_obs]
         rewards = self.env.env_method("compute_reward", reached["achieved_goal"], reached["desired_goal"], infos, indices=[0])[
             0
         ]
         rewards = np.asarray(rewards, dtype=np.float32).reshape(-1)
-        if rewards.shape != (len(next_obs),) or not np.isfinite(rewards).all():
+        if rewards.shape != (len(next_obs),) or (finite and not np.isfinite(rewards).all()):
             raise ValueError(
                 f"`compute_reward` of the environment must return {len(next_obs)} finite numbers, one for each goal, but "
                 f"returned {rewards}"
@@ -158,9 +175,16 @@ class ModelEnv:
         return th.as_tensor(rewards, device=next_obs.device)
 
     def _apply(
-        self, fn: TransitionFn, name: str, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, boolean: bool
+        self,
+        fn: TransitionFn,
+        name: str,
+        obs: th.Tensor,
+        actions: th.Tensor,
+        next_obs: th.Tensor,
+        boolean: bool,
+        finite: bool = True,
     ) -> th.Tensor:
-        values = apply_transition_fn(fn, name, *self.as_environment(obs, actions, next_obs), boolean)
+        values = apply_transition_fn(fn, name, *self.as_environment(obs, actions, next_obs), boolean, finite)
         # A copy, as the user's array may be read-only
         return th.tensor(values, device=self.agent.device)
 

@@ -29,6 +29,14 @@ def rollout_length(schedule: Sequence[int], step: int) -> int:
     return k_min + (step - first_step) * (k_max - k_min) // (last_step - first_step)
 
 
+def trusted_steps(errors: Sequence[float]) -> int:
+    """
+    :param errors: As of :func:`auto_rollout_length`
+    :return: How many steps come before the first error above 0.1
+    """
+    return len(list(takewhile(lambda error: error <= AUTO_TOLERANCE, errors)))
+
+
 def auto_rollout_length(errors: Sequence[float], previous: int) -> int:
     """
     The rule of ``rollout_schedule="auto"``: as many steps as the model is right for, at most one more than before.
@@ -41,8 +49,7 @@ def auto_rollout_length(errors: Sequence[float], previous: int) -> int:
     :param previous: The present ``k``, from 1 to 25
     :return: ``k``, from 1 to 25: the number of steps up to the first error above 0.1
     """
-    n_trusted = len(list(takewhile(lambda error: error <= AUTO_TOLERANCE, errors)))
-    return min(max(n_trusted, 1), previous + 1, AUTO_MAX)
+    return min(max(trusted_steps(errors), 1), previous + 1, AUTO_MAX)
 
 
 def longest_rollout(schedule: Sequence[int] | str) -> int:

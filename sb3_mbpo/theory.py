@@ -189,7 +189,8 @@ def model_error_from_nll(nll: th.Tensor, reference_nll: th.Tensor) -> float:
     was trained on: what is measured is how much less the model knows here than there, its error of generalisation.
 
     :param nll: Negative log-likelihood of transitions not trained on, nats, ``(n,)``
-    :param reference_nll: The same of transitions that the model was trained on, ``(m,)``
+    :param reference_nll: The same of transitions that the model was trained on, ``(m,)``. If these are of other states, where
+        the dynamics are more or less random, that difference counts as well.
     :return: In [0, 1]
     """
     return total_variation_from_kl(nll.mean() - reference_nll.mean()).item()

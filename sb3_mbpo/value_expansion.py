@@ -4,7 +4,8 @@ transition of a batch the model is rolled out with the current policy, and the c
 transition and for every step of the rollout (the "TD-k trick").
 
 A transition (s_-1, a_-1, r_-1, s_0) is followed by the model's states s_1 ... s_H and rewards r_0 ... r_H-1. The target of
-Q(s_t, a_t) is the paper's return over the rest of the rollout, with the entropies of SAC's soft values in it:
+Q(s_t, a_t) is the return over the rest of the rollout (in the paper's formula the last value is discounted by gamma^H for
+every t, but it lies H - t steps ahead), with the entropies of SAC's soft values in it:
 
     T_t = r_t + gamma * V_t+1,    V_t = T_t - alpha * log pi(a_t | s_t),    V_H = min Q'(s_H, a_H) - alpha * log pi(a_H | s_H)
 

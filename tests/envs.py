@@ -118,9 +118,10 @@ class GoalEnv(gym.Env):
 
     def _obs(self):
         return {
-            "achieved_goal": self.point.copy(),
-            "desired_goal": self.goal.copy(),
+            # Not in the order of the space
             "observation": np.append(self.point, self.point.sum())[:, None].astype(np.float32),
+            "desired_goal": self.goal.copy(),
+            "achieved_goal": self.point.copy(),
         }
 
     def compute_reward(self, achieved_goal, desired_goal, info):

@@ -1,5 +1,6 @@
 """Diagnostics of a trained agent, on systems whose answers are known."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -15,7 +16,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.diagnostics import (
-    DiagnosticsCallback,
     collect,
     continued,
     error_by_step,
@@ -86,6 +86,30 @@ def test_collect_with_vec_normalize_changes_nothing():
     assert (env.obs_rms.mean == before[0]).all() and env.ret_rms.var == before[1] and env.training
 
 
+def test_collect_knows_the_parts_of_an_observation():
+    """The environment's own order of them is another one than its space's."""
+    agent = make_agent(GoalEnv(), "MultiInputPolicy")
+    for each in collect(agent, make_vec_env(GoalEnv), 25):
+        # Achieved goal and observation move, the desired goal does not
+        assert th.equal(each.next_obs[:, 2:4], each.obs[:, 2:4])
+        assert th.equal(each.next_obs[:-1], each.obs[1:])
+        np.testing.assert_allclose(each.next_obs[:, :2], each.next_obs[:, 4:6], atol=1e-6)
+
+
+def test_collect_explores_with_a_new_matrix_at_each_step():
+    """gSDE: as model rollouts do."""
+    agent = make_agent(use_sde=True)
+    agent.actor.reset_noise(3)
+    before, used = agent.actor.action_dist.exploration_matrices, []
+    agent.actor.action_dist.get_noise, get_noise = (
+        lambda features: used.append(agent.actor.action_dist.exploration_mat) or get_noise(features),
+        agent.actor.action_dist.get_noise,
+    )
+    collect(agent, make_vec_env("Pendulum-v1"), 10)
+    assert len(used) == 10 and len({matrix.sum().item() for matrix in used}) == 10
+    assert agent.actor.action_dist.exploration_matrices is before
+
+
 def test_collect_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="must be one environment, not 2"):
         collect(make_agent(CountingEnv()), make_vec_env(CountingEnv, n_envs=2), 5)
@@ -106,6 +130,18 @@ def test_error_and_replay_of_the_right_model(point):
     assert result.real.shape == result.mean.shape == result.std.shape == (8, 2)
     np.testing.assert_allclose(result.mean, result.real, atol=1e-4)
     np.testing.assert_allclose(result.real[:, 0], -trajectories[0].next_obs[:8, 0].abs())
+
+
+def test_errors_are_in_units_of_all_real_data(point):
+    """As in the log: those of the replay buffer, if there is one."""
+    model_env, trajectories = ModelEnv(point, point.env), collect(point, make_vec_env(PointEnv, env_kwargs={"price": 0}), 100)
+    own = Transitions(*map(th.cat, zip(*trajectories, strict=True)))
+    for data in (own, Transitions(own.obs * 3, own.actions, own.next_obs, own.rewards * 2, own.terminated)):
+        scale = error_by_step(model_env, trajectories, horizon=2).scale
+        expected = np.stack([data.rewards.double().std(correction=0), data.obs.double().std(correction=0)])
+        np.testing.assert_allclose(scale, expected, rtol=1e-5)
+        for obs, reward in zip(own.obs * 3, own.rewards * 2, strict=True):
+            point.replay_buffer.add(obs[None].numpy(), obs[None].numpy(), np.zeros((1, 1)), reward.numpy(), np.zeros(1), [{}])
 
 
 def test_replay_spreads_with_the_models_noise(point):
@@ -142,6 +178,10 @@ def test_returns_end_at_terminal_states_and_leave_out_what_was_cut_off(point):
     result = returns(ModelEnv(point, point.env), [done, cut], horizon=5, n_rollouts=2)
     np.testing.assert_allclose(result.real, [-11.7, -8.3, -4.4], rtol=1e-5)
     np.testing.assert_allclose(result.model, [-11.7, -8.3, -4.4], atol=1e-3)
+    # At even distances
+    long = piece(np.linspace(0, 3, 101).tolist(), False)
+    chosen = returns(ModelEnv(point, point.env), [long], horizon=1, n_starts=5, n_rollouts=2)
+    np.testing.assert_allclose(chosen.real, -np.linspace(0, 3, 101)[[1, 25, 50, 75, 100]], rtol=0.02)
     result = returns(ModelEnv(point, point.env), [done, cut], horizon=2, n_rollouts=2)
     np.testing.assert_allclose(result.real, [-7.3, -8.3, -4.4, -3.5], rtol=1e-5)
     with pytest.raises(ValueError, match=r"No trajectory is 3 steps long.*the longest has 2"):
@@ -174,7 +214,7 @@ def test_policy_shift_on_known_policies():
     before = {name: tensor.clone() for name, tensor in agent.policy.state_dict().items()}
     shift = policy_shift(agent, data, others, env, data_sizes=(20, 1_500), n_steps=200)
     assert shift.data_sizes == [20, 1_500] and shift.error.shape == shift.model_error.shape == (2, 3)
-    _, std = gaussian_of(agent.actor, agent, data.obs)
+    _, std = gaussian_of(agent, data.obs)
     expected = ((0.3 / std) ** 2 / 2).mean().item()
     np.testing.assert_allclose(shift.kl, [0, 0, expected], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(shift.shift[2], np.sqrt(expected / 2), rtol=1e-3)
@@ -184,6 +224,45 @@ def test_policy_shift_on_known_policies():
         assert th.equal(tensor, before[name])
     with pytest.raises(ValueError, match=r"`data` has 1500 transitions.*1501"):
         policy_shift(agent, data, others, env, data_sizes=(1_501,))
+    with pytest.raises(ValueError, match="`policies` are all the same as the agent's"):
+        policy_shift(agent, data, others[:1], env, data_sizes=(20,))
+
+
+def test_numbers_of_policy_shift(monkeypatch):
+    """Worked out anew, in float64, from the same data: a model that is wrong by more, the further an action is from 0."""
+    # The package has a function of this name
+    module = importlib.import_module("sb3_mbpo.diagnostics.policy_shift")
+    agent, other = make_agent(PointEnv()), make_agent(PointEnv(), seed=1)
+    sigma, rows, known = 0.2, [], linear_ensemble([[0.0, 0.0], [0.0, 0.6]], 0.2)
+    collect_ = module.collect
+
+    def watched(*args):
+        rows.append(Transitions(*map(th.cat, zip(*collect_(*args), strict=True))))
+        return [rows[-1]]
+
+    monkeypatch.setattr(module, "collect", watched)
+    monkeypatch.setattr(module, "Ensemble", lambda *args: known)
+    monkeypatch.setattr(module, "fit", lambda *args: None)
+    env = make_vec_env(PointEnv, seed=0)
+    data = Transitions(*map(th.cat, zip(*collect(agent, env, 300), strict=True)))
+    shift = policy_shift(agent, data, [other], env, data_sizes=(300,), n_steps=200)
+
+    def residuals(transitions):
+        obs, actions, next_obs, rewards, _ = (column.double().numpy() for column in transitions)
+        return np.stack([rewards, (next_obs - obs - 0.6 * actions)[:, 0]], axis=1)
+
+    def nll(transitions):
+        return (residuals(transitions) ** 2).sum(axis=1).mean() / (2 * sigma**2)
+
+    scale = (data.next_obs - data.obs).double().std(correction=0).item()
+    errors = [np.abs(residuals(new)[:, 1]).mean() / scale for new in rows]
+    np.testing.assert_allclose(shift.error, [errors], rtol=1e-3)
+    # Pinsker's bound of what the likelihood lacks
+    expected = [min(np.sqrt(max(nll(new) - nll(data), 0) / 2), 1) for new in rows]
+    np.testing.assert_allclose(shift.model_error, [expected], rtol=1e-2, atol=1e-3)
+    assert shift.slopes() == [pytest.approx(np.polyfit(shift.shift, errors, 1)[0], rel=1e-3)]
+    slope = np.polyfit(shift.shift, shift.model_error[0], 1)[0]
+    assert shift.slopes("model_error") == [pytest.approx(slope, rel=1e-3)]
 
 
 @pytest.mark.parametrize("use_sde", [False, True])
@@ -260,76 +339,6 @@ def test_without_a_discount_only_what_has_ended_counts():
         value_check(agent, [cut])
     cut.terminated[-1] = True
     assert len(value_check(agent, [cut]).returns) == 8
-
-
-# --- Callback --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make_env, policy", [(CountingEnv, "MlpPolicy"), (GoalEnv, "MultiInputPolicy")])
-def test_callback_writes_numbers_and_figures(make_env, policy, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    agent = make_agent(make_env(), policy, tensorboard_log=str(tmp_path), model_train_freq=30, gamma=0.5)
-    agent.learn(160, callback=DiagnosticsCallback(freq=30, horizon=5, return_horizon=5), log_interval=1)
-    events = EventAccumulator(str(tmp_path / "MBPO_1"))
-    events.Reload()
-    n_dims = agent.dynamics.weights[-1].shape[2] // 2
-    scalars, images = set(events.Tags()["scalars"]), set(events.Tags()["images"])
-    names = ["reward", *(f"obs[{i}]" for i in range(n_dims - 1))]
-    assert {f"diagnostics/rmse_{name}" for name in names} <= scalars
-    # Of what changes by the same amount in every step, nothing is to be explained
-    changes = ["obs[4]"] if make_env is GoalEnv else ["reward"]
-    assert {f"diagnostics/r2_{name}" for name in changes} <= scalars
-    assert {
-        f"diagnostics/{name}" for name in ("q_real", "q_model", "returns", "q_bias", "real_return", "model_return")
-    } <= scalars
-    assert images == {f"figures/{name}" for name in ("error", "dimensions", "replay", "values", "exploitation")}
-
-
-def test_callback_writes_at_once(tmp_path):
-    """However rarely SB3 writes its log, and with the steps at which it was measured."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    agent = make_agent(tensorboard_log=str(tmp_path), model_train_freq=30)
-    agent.learn(185, callback=DiagnosticsCallback(freq=50), log_interval=1_000)
-    events = EventAccumulator(str(tmp_path / "MBPO_1"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("diagnostics/rmse_reward")] == [91, 151]
-    assert [event.step for event in events.Images("figures/error")] == [91, 151]
-
-
-def test_values_are_not_of_the_random_warm_up(monkeypatch):
-    """Whose actions the policy would not take."""
-    seen = []
-
-    def watched(agent, trajectories):
-        seen.append(th.cat([each.obs for each in trajectories]))
-        return value_check(agent, trajectories)
-
-    monkeypatch.setattr("sb3_mbpo.diagnostics.callback.value_check", watched)
-    agent = make_agent(model_train_freq=30, gradient_steps=0).learn(155, callback=DiagnosticsCallback(freq=30))
-    stored = agent.replay_buffer.observations[:, 0]
-    # 60 random steps; measured at 91, 121 and 151, whose last transition is not stored yet
-    assert [len(obs) for obs in seen] == [30, 60, 90]
-    assert (seen[-1].numpy() == stored[60:150]).all()
-
-
-def test_callback_measures_before_the_model_is_trained(monkeypatch):
-    """On what it has not seen; at most every `freq` steps."""
-    seen = []
-
-    def watched(model_env, trajectories, horizon):
-        agent = model_env.agent
-        seen.append((agent.lifetime_timesteps, agent.dynamics.n_fits.item(), sum(len(each.obs) for each in trajectories)))
-        return error_by_step(model_env, trajectories, horizon)
-
-    monkeypatch.setattr("sb3_mbpo.diagnostics.callback.error_by_step", watched)
-    make_agent(model_train_freq=30, gradient_steps=0).learn(185, callback=DiagnosticsCallback(freq=50))
-    # Trained at 61, 91, 121, 151 and 181
-    # The last transition is not stored yet
-    assert seen == [(91, 1, 29), (151, 3, 29)]
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        DiagnosticsCallback(freq=0)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -431,6 +440,30 @@ def test_statistics_that_are_forgotten(tmp_path):
     agent.save(tmp_path / "agent")
     with pytest.raises(SystemExit, match="was trained in VecNormalize: pass its statistics with --vec-normalize"):
         main(["open-loop", str(tmp_path / "agent.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path)])
+
+
+def test_statistics_of_later_agents(trained):
+    """There is one file for them all, which would make policies that never were."""
+    both = ["--later", str(trained / "later.zip"), "--vec-normalize", str(trained / "buffer.pkl")]
+    with pytest.raises(SystemExit, match="--later does not go with --vec-normalize"):
+        main(["policy-shift", str(trained / "agent.zip"), *COMMON, *both])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_agent_that_was_trained_in_two_environments(normalize, tmp_path):
+    """Its replay buffer has a column for each."""
+    env = make_vec_env("Pendulum-v1", n_envs=2)
+    env = VecNormalize(env) if normalize else env
+    agent = make_agent(env).learn(140)
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "buffer")
+    more = ["--replay-buffer", str(tmp_path / "buffer.pkl")]
+    if normalize:
+        env.save(str(tmp_path / "normalize.pkl"))
+        more += ["--vec-normalize", str(tmp_path / "normalize.pkl")]
+    arguments = [str(tmp_path / "agent"), "--env", "Pendulum-v1", "--steps", "100", "--data-sizes", "100"]
+    main(["policy-shift", *arguments, *more, "--out", str(tmp_path / "figures")])
+    assert (tmp_path / "figures" / "policy_shift.png").stat().st_size > 10_000
 
 
 def test_a_model_that_was_never_trained(tmp_path):

@@ -1,16 +1,24 @@
 """The model's error on real trajectories, with models and systems whose every number is known."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch as th
 from scipy import special, stats
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo.buffers import recent_trajectories
-from sb3_mbpo.dynamics.open_loop import data_scale, open_loop, open_loop_error, windows
+from sb3_mbpo.buffers import real_transitions, recent_trajectories
+from sb3_mbpo.diagnostics.live import LiveDiagnostics, log_open_loop_error
+from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop, open_loop_error, spread, windows
 from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.model_env import ModelEnv
 from tests.agents import make_agent
 from tests.envs import CountingEnv
 from tests.test_ensemble import linear_ensemble, make_ensemble
@@ -86,7 +94,7 @@ def test_error_and_calibration_on_a_random_walk(believed, one_sigma, two_sigma):
     model = drifting([0.0, drift, drift], believed * sigma)
     real = windows(random_walks(4_000, 4, sigma, drift), 4)
     first_only = type(real)(*(column[::4] for column in real))
-    error = open_loop_error(model, first_only, (1, 4, 9), th.tensor([1.0, 2.0, 2.0]), n_particles=200)
+    error = open_loop_error(partial(open_loop, model), first_only, (1, 4, 9), th.tensor([1.0, 2.0, 2.0]), n_particles=200)
     assert error.steps == [1, 4] and error.n_windows.tolist() == [4_000, 4_000]
     for row, step in enumerate(error.steps):
         expected = sigma * math.sqrt(step)
@@ -112,8 +120,8 @@ def test_r2_of_a_right_and_of_a_wrong_model():
     real = windows([trajectory(obs, actions, 2 * obs[:-1, 0])], 3, max_windows=200)
     right, wrong = linear_ensemble([[2.0, 0.0], [0.0, 1.0]], 1e-6), linear_ensemble([[2.0, 0.0], [0.0, -1.0]], 1e-6)
     scale = th.ones(2)
-    np.testing.assert_allclose(open_loop_error(right, real, (1, 2, 3), scale).r2(), 1, atol=1e-5)
-    r2 = open_loop_error(wrong, real, (1, 3), scale).r2()
+    np.testing.assert_allclose(open_loop_error(partial(open_loop, right), real, (1, 2, 3), scale).r2(), 1, atol=1e-5)
+    r2 = open_loop_error(partial(open_loop, wrong), real, (1, 3), scale).r2()
     # Twice the change: 1 - 4
     np.testing.assert_allclose(r2[:, 1], -3, atol=0.1)
     assert r2[0, 0] == pytest.approx(1, abs=1e-5)
@@ -122,15 +130,60 @@ def test_r2_of_a_right_and_of_a_wrong_model():
 def test_constant_dimensions_do_not_count_and_infinite_predictions_do():
     model = drifting([0.0, 1e38, 0.5])
     real = windows([trajectory(np.array([[float(i), 7.0] for i in range(12)]))], 8)
-    error = open_loop_error(model, real, (1, 8), th.tensor([1.0, 2.0, 0.0]))
+    error = open_loop_error(partial(open_loop, model), real, (1, 8), th.tensor([1.0, 2.0, 0.0]))
     assert error.varies().tolist() == [True, False]
     assert error.relative().tolist() == [th.inf, th.inf]
+    # An infinite band is no band
+    assert error.inside[:, 1, 1].tolist() == [0, 0]
     assert error.r2()[:, 2].isnan().all() and not error.rmse.isnan().any()
 
 
 def test_scale_of_data():
     rows = trajectory(np.array([[1e6, 0.0], [1e6, 2.0], [1e6, 4.0]]), rewards=[1.0, 3.0])
     assert data_scale(rows).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_what_varies_by_rounding_alone_is_constant():
+    """A clock that shows tenths: its changes differ in the last bit."""
+    clock = th.arange(0, 400, dtype=th.float64).mul(0.1).float()[:, None]
+    assert (clock[1:] - clock[:-1]).std() > 0
+    assert spread(clock[1:] - clock[:-1], clock[1:]).tolist() == [0.0]
+    assert spread(clock, clock).item() == pytest.approx(40 / math.sqrt(12), rel=0.01)
+    rows = trajectory(clock, rewards=[0.1] * 399)
+    assert data_scale(rows)[0] == 0
+    error = open_loop_error(partial(open_loop, drifting([0.1, 0.1])), windows([rows], 3), (1, 3), data_scale(rows))
+    assert error.r2().isnan().all()
+
+
+def test_rewards_of_what_is_far_from_all_data():
+    """An unstable model, and a reward function that overflows: no reason to stop a training or a report."""
+    asked = []
+
+    def reward(obs, action, next_obs):
+        asked.append(obs)
+        with np.errstate(over="ignore"):
+            return -(next_obs[:, 0] ** 2)
+
+    agent = make_agent(CountingEnv(obs_shape=(1,)), reward_fn=reward)
+    agent.dynamics = drifting([0.0, 3e38])
+    model_env = ModelEnv(agent, agent.env)
+    real = windows([trajectory(np.arange(8.0)[:, None])], 4)
+    error = open_loop_error(model_env.open_loop, real, (1, 2, 4), th.ones(2))
+    assert all(np.isfinite(obs).all() for obs in asked)
+    assert error.rmse[:, 0].tolist() == [th.inf] * 3 and error.relative().tolist()[1:] == [th.inf] * 2
+    # Rollouts that are trained on must have finite ones
+    with pytest.raises(ValueError, match="`reward_fn` must return finite numbers"):
+        model_env.step(th.zeros(2, 1), th.zeros(2, 1))
+
+
+def test_goals_stay_and_bits_are_bits_in_an_open_loop():
+    agent = make_agent(BitFlippingEnv(n_bits=3, continuous=True), "MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    agent.learn(65)
+    model_env = ModelEnv(agent, agent.env)
+    obs = th.tensor([[0.0, 1, 0, 1, 1, 0, 0, 1, 0]]).repeat(5, 1)
+    for next_obs, _ in model_env.open_loop(obs, th.rand(5, 4, 3) * 2 - 1, 20):
+        assert set(next_obs.unique().tolist()) <= {0.0, 1.0}
+        assert (next_obs[:, :, 3:6] == obs[:, None, 3:6]).all()
 
 
 def test_likelihood_is_that_of_the_mixture_of_elites():
@@ -289,3 +342,77 @@ def test_a_perfect_model_is_good_for_the_whole_horizon(logged, monkeypatch):
     monkeypatch.setattr("sb3_mbpo.diagnostics.live.model_error_from_nll", lambda *args: 0.0)
     make_agent(gamma=0.9, model_train_freq=30).learn(125)
     assert dict(logged)["theory/optimal_rollout_length"] == pytest.approx(10)
+
+
+def test_what_is_logged_of_an_error(tmp_path):
+    """Each number under its name; of three dimensions the last does not vary."""
+    values = iter(range(1, 100))
+
+    def table(*shape):
+        return th.tensor([[float(next(values)) for _ in range(shape[-1])] for _ in range(shape[-2])])
+
+    rmse, std, changes = table(2, 4), table(2, 4), table(2, 4) * 10
+    inside = th.stack([table(2, 4), table(2, 4)])
+    scale = th.tensor([1.0, 2.0, 4.0, 0.0])
+    error = OpenLoopError([1, 5], th.tensor([9, 9]), rmse, std, changes, inside, scale)
+    logger = configure(str(tmp_path), [])
+    log_open_loop_error(logger, error)
+    expected = {}
+    for row, step in enumerate([1, 5]):
+        r2 = 1 - (rmse[row] / changes[row]) ** 2
+        expected |= {
+            f"open_loop/error_{step}": (rmse[row, 1] / 2 + rmse[row, 2] / 4) / 2,
+            f"open_loop/std_{step}": (std[row, 1] / 2 + std[row, 2] / 4) / 2,
+            f"open_loop/inside_1_sigma_{step}": inside[0, row, 1:3].mean(),
+            f"open_loop/inside_2_sigma_{step}": inside[1, row, 1:3].mean(),
+            f"open_loop/r2_{step}": r2[1:3].min(),
+            f"open_loop/reward_r2_{step}": r2[0],
+        }
+    assert logger.name_to_value.keys() == expected.keys()
+    for name, value in expected.items():
+        assert logger.name_to_value[name] == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_live_numbers_with_a_model_that_is_known(logged):
+    """
+    The model is right for the first half of the data, on which it was trained, and wrong by 0.8 standard deviations in the
+    second. Likelihoods differ by 0.8^2 / 2, whose Pinsker bound is 0.4.
+    """
+    agent = make_agent(CountingEnv(obs_shape=(1,)), gamma=0.5)
+    sigma = 0.5
+    agent.dynamics = drifting([0.0, 1.0], sigma)
+    first, second = [(float(i), i + 1.0, False) for i in range(40)], [(40 + 1.4 * i, 41.4 + 1.4 * i, False) for i in range(40)]
+    fill(agent.replay_buffer, [first + second])
+    agent.num_timesteps, agent.last_model_training = 80, 40
+    transitions = real_transitions(agent.replay_buffer)
+    agent._logger = configure(None, [])
+    live = LiveDiagnostics(agent, ModelEnv(agent, agent.env))
+    live.after_training(Transitions(*(column[:40] for column in transitions)))
+    error = live.before_training(transitions, 3)
+    assert dict(logged)["theory/model_error"] == pytest.approx(0.4, rel=1e-3)
+    scale = transitions.obs.std(dim=0, correction=0).item()
+    np.testing.assert_allclose(error.scale, [0, scale], rtol=1e-5)
+    assert error.n_windows.tolist() == [40, 39, 38]
+    # 25 particles: the mean has a fifth of the deviation
+    expected = np.sqrt(np.square(0.4 * np.arange(1, 4)) + sigma**2 * np.arange(1, 4) / 25)
+    np.testing.assert_allclose(error.rmse[:, 1], expected, rtol=0.1)
+    np.testing.assert_allclose(error.std[:, 1], sigma * np.sqrt(np.arange(1, 4)), rtol=0.1)
+
+
+def test_a_policy_with_dropout_or_other_statistics(logged):
+    """What is not trained does not shift, but for the statistics through which it sees."""
+
+    agent = make_agent(gradient_steps=0, model_train_freq=30)
+    agent.actor.latent_pi.append(th.nn.Dropout(0.5))
+    agent.policy.make_actor = lambda: with_dropout(type(agent.policy).make_actor(agent.policy))
+    agent.learn(95)
+    assert dict(logged)["theory/policy_shift"] == pytest.approx(0, abs=1e-6)
+    logged.clear()
+    env = VecNormalize(make_vec_env("Pendulum-v1"))
+    make_agent(env, gradient_steps=0, model_train_freq=30).learn(95)
+    assert dict(logged)["theory/policy_shift"] > 1e-4
+
+
+def with_dropout(actor):
+    actor.latent_pi.append(th.nn.Dropout(0.5))
+    return actor

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.distributions import normal
 
-from sb3_mbpo import MBPO, mbpo, value_expansion
+from sb3_mbpo import MBPO, compilation, mbpo, value_expansion
 from sb3_mbpo.buffers import combine, real_transitions
 from sb3_mbpo.callbacks import DynamicsCallback
 from sb3_mbpo.dynamics.ensemble import Ensemble
@@ -637,7 +637,8 @@ def test_compiled(monkeypatch, capsys):
 
         return call
 
-    monkeypatch.setattr(mbpo, "compiled", compiled)
+    for module in (mbpo, compilation):
+        monkeypatch.setattr(module, "compiled", compiled)
     agent = make_agent(compile=True, verbose=1, value_expansion_horizon=2, real_ratio=0.3, gradient_steps=3).learn(
         80, log_interval=None
     )

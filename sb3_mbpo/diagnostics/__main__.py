@@ -17,6 +17,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_mbpo.buffers import n_transitions, real_transitions
+from sb3_mbpo.checkpoints import saved_attributes
 from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
@@ -91,8 +92,14 @@ class Measured:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"There is no file {path}")
         self.arguments = arguments
-        self.env = self._make_env()
-        self.agent = MBPO.load(arguments.agent, env=self.env, verbose=0)
+        if arguments.later and arguments.vec_normalize is not None:
+            raise ValueError(
+                "--later does not go with --vec-normalize: each agent saw the world through statistics of its own. With "
+                "--replay-buffer and without --later, the policy is trained further instead."
+            )
+        # A replay buffer has a column for each environment of the training
+        self.env, n_envs = self._make_env(), saved_attributes(arguments.agent).get("n_envs", 1)
+        self.agent = MBPO.load(arguments.agent, env=self.env if n_envs == 1 else self._make_env(n_envs), verbose=0)
         if not self.agent.dynamics.is_fitted:
             raise ValueError(f"The model of {arguments.agent} has not been trained yet")
         if self.agent.uses_vec_normalize and arguments.vec_normalize is None:
@@ -112,10 +119,10 @@ class Measured:
         n_dims = self.longest.obs.shape[1]
         self.columns = [0, *(1 + column for column in arguments.columns if column < n_dims)]
 
-    def _make_env(self) -> VecEnv:
+    def _make_env(self, n_envs: int = 1) -> VecEnv:
         arguments = self.arguments
         try:
-            env: VecEnv = make_vec_env(arguments.env, env_kwargs=arguments.env_kwargs)
+            env: VecEnv = make_vec_env(arguments.env, n_envs, env_kwargs=arguments.env_kwargs)
         except TypeError as error:
             raise ValueError(f"{arguments.env} cannot be made with --env-kwargs {arguments.env_kwargs}: {error}") from error
         if arguments.vec_normalize is not None:
@@ -246,9 +253,9 @@ def _report(measured: Measured, out: Path) -> None:
             findings += found
             sections.append(section)
         except ValueError as error:
-            left_out.append(report.Finding("What does the paper's bound say?", "not measured", str(error)))
+            left_out.append(report.Finding("What would the paper's bound say?", "not measured", str(error)))
     else:
-        left_out.append(report.Finding("What does the paper's bound say?", "not measured", "It needs --replay-buffer."))
+        left_out.append(report.Finding("What would the paper's bound say?", "not measured", "It needs --replay-buffer."))
     path = out / "report.html"
     report.write_report(path, agent, arguments.env, [*findings, *left_out], sections)
     print(f"Written: {path}")

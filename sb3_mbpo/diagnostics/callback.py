@@ -10,9 +10,11 @@ from sb3_mbpo.buffers import recent_trajectories
 from sb3_mbpo.diagnostics.exploitation import returns
 from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_returns, plot_values
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
+from sb3_mbpo.diagnostics.undisturbed import undisturbed
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.model_env import ModelEnv
+from sb3_mbpo.spaces import flat_dim
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -27,17 +29,19 @@ class DiagnosticsCallback(BaseCallback):
     """
     Just before the model is trained again: its error on the transitions that it has not seen, dimension by dimension; and
     Q-values beside the returns that came, and returns under the model beside those in the environment, of the latest
-    policies. Nothing is held back from training, no step is made in an environment. Figures go to
+    policies, on transitions most of which the model has been trained on. Nothing is held back from training, no step is made
+    in an environment, and the training goes on as it would without. Figures go to
     TensorBoard, and numbers are written at once. What is cheap, :class:`~sb3_mbpo.MBPO` logs without it (``open_loop/``,
-    ``theory/``).
+    ``theory/``). Without a model (``real_ratio=1``) only values are measured.
 
     In a YAML of RL Zoo: ``callback: sb3_mbpo.diagnostics.DiagnosticsCallback``.
 
     :param freq: Environment steps from one time to the next; rounded up to trainings of the model
     :param horizon: Steps of a rollout
     :param return_horizon: Steps of the returns under the model and in the environment
-    :param columns: Dimensions of the observation to replay in a figure, the first four if None
+    :param columns: Dimensions of the (flat) observation to replay in a figure, the first four if None
     :param verbose: Verbosity level: 0 for no output, 1 for info messages
+    :raises ValueError: if an argument is not in its range
     """
 
     model: "MBPO"
@@ -58,44 +62,58 @@ class DiagnosticsCallback(BaseCallback):
         self.last_time = 0
 
     def _on_training_start(self) -> None:
+        n_dims = flat_dim(self.model.observation_space)
+        for column in self.columns or ():
+            if not 0 <= column < n_dims:
+                raise ValueError(f"`columns` must be dimensions of the observation, from 0 to {n_dims - 1}, not {column!r}")
         self.model_env = ModelEnv(self.model, self.training_env)
+        # It may have served another agent
+        self.last_time = min(self.last_time, self.model.lifetime_timesteps)
 
     def _on_step(self) -> bool:
         # Before the rollout's end, at which the model is trained on all of it
         agent, now = self.model, self.model.lifetime_timesteps
-        is_due = now - agent.last_model_training >= agent.model_train_freq and now - self.last_time >= self.freq
-        if is_due and agent.dynamics.is_fitted:
+        # On the last occasion before a training, if there are any
+        is_before_training = agent.dynamics.is_fitted and now - agent.last_model_training >= agent.model_train_freq
+        if now - self.last_time >= self.freq and (is_before_training if agent.uses_model else agent.is_warmed_up):
             self.last_time = now
-            # This step's transitions are not stored yet
-            self._measure(now, now - agent.last_model_training - agent.n_envs)
+            with undisturbed(agent):
+                self._measure(now)
+            # Written now, as by SB3's EvalCallback: later values would take the place of these
+            self.logger.dump(self.num_timesteps)
         return True
 
-    def _measure(self, now: int, n_new: int) -> None:
+    def _measure(self, now: int) -> None:
         agent = self.model
         assert agent.replay_buffer is not None
-        trajectories = recent_trajectories(agent.replay_buffer, n_new, agent.device)
-        if trajectories:
-            error = error_by_step(self.model_env, trajectories, self.horizon)
-            for column, (rmse, r2) in enumerate(zip(error.rmse[0].tolist(), error.r2()[0].tolist(), strict=True)):
-                self.logger.record(f"diagnostics/rmse_{name_of(column)}", rmse)
-                # There is none of what does not vary
-                if not math.isnan(r2):
-                    self.logger.record(f"diagnostics/r2_{name_of(column)}", r2)
-            columns = list(range(error.rmse.shape[1] - 1))[:4] if self.columns is None else self.columns
-            longest = max(trajectories, key=lambda trajectory: len(trajectory.rewards))
-            self._show("error", plot_error(error))
-            self._show("dimensions", plot_dimensions(error))
-            self._show("replay", plot_replay(replay(self.model_env, longest), [0, *(1 + column for column in columns)]))
+        if agent.uses_model:
+            # This step's transitions are not stored yet
+            n_new = now - agent.last_model_training - agent.n_envs
+            self._measure_error(recent_trajectories(agent.replay_buffer, n_new, agent.device))
         # Not of the random warm-up, whose actions no policy would take
         n_acted = now - agent.learning_starts - agent.n_envs
         own = recent_trajectories(agent.replay_buffer, min(N_OWN, n_acted), agent.device) if n_acted > 0 else []
         self._measure_own(own)
-        # Written now, as by SB3's EvalCallback: later values would take the place of these
-        self.logger.dump(self.num_timesteps)
+
+    def _measure_error(self, trajectories: list[Transitions]) -> None:
+        if not trajectories:
+            return
+        error = error_by_step(self.model_env, trajectories, self.horizon)
+        for column, (rmse, r2) in enumerate(zip(error.rmse[0].tolist(), error.r2()[0].tolist(), strict=True)):
+            self.logger.record(f"diagnostics/rmse_{name_of(column)}", rmse)
+            # There is none of what does not vary
+            if not math.isnan(r2):
+                self.logger.record(f"diagnostics/r2_{name_of(column)}", r2)
+        columns = list(range(error.rmse.shape[1] - 1))[:4] if self.columns is None else self.columns
+        longest = max(trajectories, key=lambda trajectory: len(trajectory.rewards))
+        self._show("error", plot_error(error))
+        self._show("dimensions", plot_dimensions(error))
+        self._show("replay", plot_replay(replay(self.model_env, longest), [0, *(1 + column for column in columns)]))
 
     def _measure_own(self, trajectories: list[Transitions]) -> None:
         """What depends on who acted: on trajectories of the latest policies."""
-        for measure in (self._measure_values, self._measure_returns):
+        measures = [self._measure_values, *([self._measure_returns] if self.model.uses_model else [])]
+        for measure in measures:
             try:
                 if trajectories:
                     measure(trajectories)

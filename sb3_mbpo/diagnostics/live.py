@@ -1,10 +1,12 @@
 """What is measured at each training of the model, just before it: on transitions that the model has not seen yet."""
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.buffers import normalized, recent_trajectories
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
@@ -23,19 +25,33 @@ LOGGED_STEPS = (1, 2, 5, 10, 20)
 # Enough for two digits, and cheap beside a training
 MAX_WINDOWS = 200
 N_PARTICLES = 25
-# Transitions trained on, for the likelihood that those not trained on are compared with
+# Transitions trained on (a fifth of them only to tell when to stop), for the likelihood that those not trained on are compared
+# with
 N_REFERENCE = 1_000
 
 
-def gaussian_of(actor: "Actor", agent: "MBPO", obs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+class Policy(NamedTuple):
     """
-    :param actor: Of the agent, or a copy of it from before
+    What decides on actions, at some time.
+
+    :param actor: The network
+    :param vec_normalize: With the statistics that it sees observations with, if any
+    """
+
+    actor: "Actor"
+    vec_normalize: VecNormalize | None
+
+
+def gaussian_of(agent: "MBPO", obs: th.Tensor, policy: Policy | None = None) -> tuple[th.Tensor, th.Tensor]:
+    """
     :param agent: The agent
     :param obs: Raw and flat, ``(n, obs_dim)``
+    :param policy: The agent's from before, its present one if None
     :return: Mean and standard deviation of the policy before it is squashed, each ``(n, action_dim)``
     """
+    actor, vec_normalize = policy or Policy(agent.actor, agent.get_vec_normalize_env())
     with th.no_grad():
-        seen = normalized(unflatten(agent.observation_space, obs), agent.get_vec_normalize_env())
+        seen = normalized(unflatten(agent.observation_space, obs), vec_normalize)
         mean, log_std, kwargs = actor.get_action_dist_params(seen)
         distribution = actor.action_dist.proba_distribution(mean, log_std, **kwargs).distribution
     assert isinstance(distribution, th.distributions.Normal)
@@ -54,7 +70,7 @@ class LiveDiagnostics:
     def __init__(self, agent: "MBPO", model_env: "ModelEnv") -> None:
         self.agent, self.model_env = agent, model_env
         # Of the last training: the policy, and what the model knew of the transitions that it was trained on
-        self._actor: Actor | None = None
+        self._policy: Policy | None = None
         self._reference_nll: th.Tensor | None = None
 
     def before_training(self, transitions: Transitions, horizon: int) -> OpenLoopError | None:
@@ -71,14 +87,11 @@ class LiveDiagnostics:
         if not recent:
             return None
         error = open_loop_error(
-            agent.dynamics,
+            self.model_env.open_loop,
             windows(recent, horizon, MAX_WINDOWS),
             range(1, horizon + 1),
             data_scale(transitions),
             N_PARTICLES,
-            self.model_env.reward,
-            self.model_env.goal_dims,
-            self.model_env.binary_dims,
         )
         log_open_loop_error(agent.logger, error)
         self._log_theory(Transitions(*map(th.cat, zip(*recent, strict=True))))
@@ -86,9 +99,9 @@ class LiveDiagnostics:
 
     def _log_theory(self, recent: Transitions) -> None:
         agent = self.agent
-        if self._actor is None or self._reference_nll is None:
+        if self._policy is None or self._reference_nll is None:
             return
-        kl = gaussian_kl(*gaussian_of(agent.actor, agent, recent.obs), *gaussian_of(self._actor, agent, recent.obs))
+        kl = gaussian_kl(*gaussian_of(agent, recent.obs), *gaussian_of(agent, recent.obs, self._policy))
         shift = policy_shift_from_kl(kl)
         error = model_error_from_nll(self._nll(recent), self._reference_nll)
         agent.logger.record("theory/model_error", error)
@@ -109,8 +122,12 @@ class LiveDiagnostics:
         """
         # Not a deepcopy, which torch refuses for gSDE's exploration matrix
         with th.random.fork_rng(devices=[]):
-            self._actor = self.agent.policy.make_actor()
-        self._actor.load_state_dict(self.agent.actor.state_dict())
+            actor = self.agent.policy.make_actor()
+        actor.load_state_dict(self.agent.actor.state_dict())
+        # As it acts
+        actor.set_training_mode(False)
+        # As it is saved: without the environments
+        self._policy = Policy(actor, copy.deepcopy(self.agent.get_vec_normalize_env()))
         rows = th.randint(len(transitions.obs), (N_REFERENCE,), device=transitions.obs.device)
         self._reference_nll = self._nll(Transitions(*(column[rows] for column in transitions)))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch as th
 
 from sb3_mbpo.buffers import n_transitions, real_transitions
-from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop, open_loop_error, windows
+from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
 from sb3_mbpo.dynamics.rollouts import Transitions
 
 if TYPE_CHECKING:
@@ -40,15 +40,7 @@ def replay(model_env: "ModelEnv", trajectory: Transitions, horizon: int = 450, n
     :return: The trajectories' mean and spread beside the truth
     """
     real = th.cat([trajectory.rewards[:, None], trajectory.next_obs], dim=1)[:horizon]
-    predictions = open_loop(
-        model_env.agent.dynamics,
-        trajectory.obs[:1],
-        trajectory.actions[None, :horizon],
-        n_particles,
-        model_env.reward,
-        model_env.goal_dims,
-        model_env.binary_dims,
-    )
+    predictions = model_env.open_loop(trajectory.obs[:1], trajectory.actions[None, :horizon], n_particles)
     moments = [th.std_mean(th.cat([rewards.T, next_obs[0]], dim=1), dim=0, correction=0) for next_obs, rewards in predictions]
     std, mean = (th.stack(column) for column in zip(*moments, strict=True))
     return Replay(real, mean, std)
@@ -78,12 +70,9 @@ def error_by_step(
     has_data = n_transitions(buffer) > 1
     data = real_transitions(buffer) if has_data else Transitions(*map(th.cat, zip(*trajectories, strict=True)))
     return open_loop_error(
-        model_env.agent.dynamics,
+        model_env.open_loop,
         windows(trajectories, horizon, max_windows),
         range(1, horizon + 1),
         data_scale(data).to(trajectories[0].obs),
         n_particles,
-        model_env.reward,
-        model_env.goal_dims,
-        model_env.binary_dims,
     )

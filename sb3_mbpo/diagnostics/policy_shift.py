@@ -13,6 +13,7 @@ from sb3_mbpo.buffers import real_transitions
 from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.dynamics.open_loop import spread
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.dynamics.training import fit
 from sb3_mbpo.spaces import flat_dim
@@ -70,12 +71,14 @@ def policy_shift(
     :param n_steps: Environment steps to collect with the agent's and with each other policy
     :param max_epochs: Of each training of a model; up to 4,000 transitions an epoch has as many steps of Adam for each size
     :return: Errors; the first policy is the agent's own, on data not trained on
-    :raises ValueError: if there are too few transitions
+    :raises ValueError: if there are too few transitions, or no policy is another than the agent's
     """
     if max(data_sizes) > len(data.obs):
         raise ValueError(
             f"`data` has {len(data.obs)} transitions, too few for the largest of `data_sizes` ({max(data_sizes)})"
         )
+    if all(_divergence(policy, agent, data.obs).max() == 0 for policy in policies):
+        raise ValueError("`policies` are all the same as the agent's: there is no shift to measure errors by")
     inputs, targets = _as_regression(data)
     models = []
     for size in data_sizes:
@@ -91,17 +94,22 @@ def policy_shift(
         fit(model, inputs[rows], targets[rows], max_epochs)
         models.append((model, model.nll(inputs[rows], targets[rows])))
 
-    scale = targets[:, 1:].std(dim=0, correction=0)
+    scale = spread(targets[:, 1:], data.obs)
     kl, shift, error, model_error = [], [], [], []
     for policy in [agent, *policies]:
         new = Transitions(*map(th.cat, zip(*collect(policy, env, n_steps), strict=True)))
-        distance = gaussian_kl(*gaussian_of(policy.actor, policy, new.obs), *gaussian_of(agent.actor, agent, new.obs))
+        distance = _divergence(policy, agent, new.obs)
         kl.append(distance.mean().item())
         shift.append(policy_shift_from_kl(distance))
         x, y = _as_regression(new)
         error.append([_relative_error(model, x, y, scale) for model, _ in models])
         model_error.append([model_error_from_nll(model.nll(x, y), reference) for model, reference in models])
     return PolicyShift(list(data_sizes), np.array(kl), np.array(shift), np.array(error).T, np.array(model_error).T)
+
+
+def _divergence(policy: "MBPO", agent: "MBPO", obs: th.Tensor) -> th.Tensor:
+    """Of a policy from the agent's, in each state."""
+    return gaussian_kl(*(moment for each in (policy, agent) for moment in gaussian_of(each, obs)))
 
 
 def _as_regression(transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:

@@ -18,7 +18,7 @@ from sb3_mbpo.diagnostics.open_loop import Replay
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift
 from sb3_mbpo.diagnostics.values import ValueCheck
 from sb3_mbpo.dynamics.open_loop import OpenLoopError
-from sb3_mbpo.schedules import AUTO_TOLERANCE, auto_rollout_length
+from sb3_mbpo.schedules import AUTO_TOLERANCE, trusted_steps
 from sb3_mbpo.theory import optimal_rollout_length
 
 if TYPE_CHECKING:
@@ -78,17 +78,18 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         verdict = "The model is usable for short rollouts."
     else:
         verdict = "One step of the model is nearly right."
-    trusted = auto_rollout_length(relative.tolist(), len(relative))
-    k = agent.rollout_length
-    if relative[0] > AUTO_TOLERANCE:
+    n_measured, trusted, k = len(relative), trusted_steps(error.relative("sample_rmse").tolist()), agent.rollout_length
+    if trusted == 0:
         length = f"Even one step is off by more than {AUTO_TOLERANCE:g} standard deviations; rollouts have k = {k}."
-    elif k > trusted:
-        length = f"Rollouts, k = {k}, go further than the model is right for: shorten `rollout_schedule`."
-    else:
+    elif k <= trusted:
         length = f"Rollouts, k = {k}, stay within that."
-    n_right = f"{trusted if relative[0] <= AUTO_TOLERANCE else 0}"
-    if len(relative) == trusted:
-        n_right += " or more"
+    elif trusted == n_measured:
+        length = f"Rollouts, k = {k}, are longer than what was measured, {n_measured} steps (`--horizon`)."
+    elif agent.rollout_schedule == "auto":
+        length = f"Rollouts, k = {k}, go further than the model is right for; they will be shorter from its next training on."
+    else:
+        length = f"Rollouts, k = {k}, go further than the model is right for: shorten `rollout_schedule`."
+    n_right = f"{trusted}" + (" or more" if trusted == n_measured else "")
     one, two = (inside[0, 1:][varies].mean().item() for inside in error.inside)
     if one < 0.55:
         calibration = "Overconfident: the truth lies outside the bands too often."
@@ -116,7 +117,8 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         ],
         f"{int(error.n_windows[0])} starts along fresh real trajectories that the model was not trained on; the recorded "
         "actions; each step an elite drawn at random and a sample from its Gaussian. R²: share of the variance of "
-        f'the change since the start. "Right": an error of at most {AUTO_TOLERANCE:g} standard deviations.',
+        f'the change since the start. "Right": a single trajectory of the model is off by at most {AUTO_TOLERANCE:g} standard '
+        "deviations (root mean square of the error of the mean and the predicted std).",
         [
             as_picture(figures.plot_error(error), "Model error, predicted standard deviation and calibration by step"),
             as_picture(figures.plot_dimensions(error), "R squared of each dimension"),
@@ -212,28 +214,30 @@ def of_shift(shift: PolicyShift, gamma: float) -> tuple[list[Finding], Section]:
     :param gamma: Discount
     :return: Findings and section
     """
-    slopes, size = shift.slopes(), shift.data_sizes[-1]
-    error, distance = float(shift.model_error[-1, -1]), float(shift.shift[-1])
+    slopes, most = shift.slopes(), int(np.argmax(shift.data_sizes))
+    size, error, distance = shift.data_sizes[most], float(shift.model_error[most, -1]), float(shift.shift[-1])
     measured = "gamma is 1"
     if gamma < 1:
         # Beyond the effective horizon nothing changes
         best = min(optimal_rollout_length(error, distance, gamma), 1 / (1 - gamma))
         measured = f"k* = {best:.0f}"
     if error < distance:
-        verdict = "The model generalises better than the policy has moved, so the bound allows rollouts."
+        verdict = "It generalises better than the policy moves, so the bound allows rollouts."
     else:
-        verdict = "The model errs no less than the policy has moved, so the bound allows no rollout; it is pessimistic."
+        verdict = "It errs no less than the policy moves, so the bound allows no rollout; it is pessimistic."
     finding = Finding(
-        "What does the paper's bound say?",
+        "What would the paper's bound say?",
         measured,
-        f"Theorem 4.3, with the error under the last of the policies ({error:.2f}) and its shift ({distance:.2f}), as total "
-        f"variation. {verdict} The error is what the model does not generalise to, not what it has not learned.",
+        f"Theorem 4.3 for a new model that knows {size:,} transitions of the present policy, under the last of the later "
+        f"policies: error {error:.2f}, policy shift {distance:.2f}, as total variation. {verdict} This is not the agent's own "
+        "model, whose k* from one training to the next is in the log. The error is what a model does not generalise to, not "
+        "what it has not learned.",
     )
     section = Section(
         "Policies that move away from the data",
         [
-            f"A model of {size:,} transitions of the present policy: error {shift.error[-1, 0]:.3f} on its own new data, "
-            f"{shift.error[-1, -1]:.3f} on those of the last policy, in standard deviations of the changes.",
+            f"A model of {size:,} transitions of the present policy: error {shift.error[most, 0]:.3f} on its own new data, "
+            f"{shift.error[most, -1]:.3f} on those of the last policy, in standard deviations of the changes.",
             "d error / d policy shift (total variation): "
             + ", ".join(f"{slope:.2f} ({n:,})" for n, slope in zip(shift.data_sizes, slopes, strict=True))
             + ".",

@@ -19,7 +19,8 @@ def _raw(vec_normalize: VecNormalize | None, obs: Any) -> Any:
 
 def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = False) -> list[Transitions]:
     """
-    Act in the real environment. Neither the agent nor the statistics of a ``VecNormalize`` are changed.
+    Act in the real environment. Neither the agent nor the statistics of a ``VecNormalize`` are changed. With gSDE, an
+    exploration matrix is for one step only, as in model rollouts.
 
     :param agent: Who acts
     :param env: One environment with the agent's spaces; not the one in which a training goes on, as it is reset. Wrapped in
@@ -39,10 +40,14 @@ def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = Fals
     if vec_normalize is not None:
         vec_normalize.training = False
     trajectories, rows = [], []
+    # Matrices of gSDE that someone explores with
+    exploration = vars(agent.actor.action_dist).copy()
     try:
         obs: Any = env.reset()
         raw_obs = obs if vec_normalize is None else vec_normalize.get_original_obs()
         for step in range(n_steps):
+            if agent.use_sde:
+                agent.actor.reset_noise()
             action, _ = agent.predict(obs, deterministic=deterministic)
             obs, reward, done, info = env.step(action)
             if vec_normalize is not None:
@@ -50,7 +55,11 @@ def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = Fals
             next_raw = obs if vec_normalize is None else vec_normalize.get_original_obs()
             successor = next_raw
             if done[0]:
-                last = map_arrays(lambda array: np.asarray(array)[None], info[0]["terminal_observation"])
+                last = info[0]["terminal_observation"]
+                if isinstance(last, dict):
+                    # The environment's own order need not be that of its space
+                    last = {name: last[name] for name in next_raw}
+                last = map_arrays(lambda array: np.asarray(array)[None], last)
                 successor = _raw(vec_normalize, last)
             terminated = bool(done[0]) and not info[0].get("TimeLimit.truncated", False)
             scaled = agent.policy.scale_action(action)
@@ -62,6 +71,7 @@ def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = Fals
                 trajectories.append(Transitions(numbers[0], numbers[1], numbers[2], numbers[3], columns[4]))
                 rows = []
     finally:
+        vars(agent.actor.action_dist).update(exploration)
         if vec_normalize is not None:
             vec_normalize.training = was_training
     return trajectories

@@ -1,12 +1,15 @@
 """How far the model strays from trajectories that really happened, when it follows the actions that were really taken."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
 
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict
+
+# (start obs, actions, particles) -> for each step observations and rewards
+OpenLoop = Callable[[th.Tensor, th.Tensor, int], Iterator[tuple[th.Tensor, th.Tensor]]]
 
 
 class Windows(NamedTuple):
@@ -78,7 +81,7 @@ def open_loop(
     :param obs: Start states, ``(n, obs_dim)``
     :param actions: Actions to take, in [-1, 1], ``(n, horizon, action_dim)``
     :param n_particles: Trajectories from each start
-    :param reward: Reward function, the ensemble's prediction if None
+    :param reward: Reward function of what is finite, the ensemble's prediction if None
     :param constant: See :func:`sb3_mbpo.dynamics.rollouts.predict`
     :param binary: See :func:`sb3_mbpo.dynamics.rollouts.predict`
     :return: For each step the predicted observations ``(n, n_particles, obs_dim)`` and rewards ``(n, n_particles)``
@@ -89,7 +92,10 @@ def open_loop(
         taken = actions[:, step].repeat_interleave(n_particles, dim=0)
         next_obs, rewards = predict(ensemble, obs, taken, constant, binary)
         if reward is not None:
-            rewards = reward(obs, taken, next_obs)
+            finite = (obs.isfinite() & next_obs.isfinite()).all(dim=1)
+            rewards = th.full_like(rewards, th.nan)
+            if finite.any():
+                rewards[finite] = reward(obs[finite], taken[finite], next_obs[finite]).to(rewards)
         yield next_obs.view(n, n_particles, -1), rewards.view(n, n_particles)
         obs = next_obs
 
@@ -151,43 +157,43 @@ class OpenLoopError(NamedTuple):
         return th.where(self.spread > 0, 1 - ratio, th.nan)
 
 
+def spread(values: th.Tensor, operands: th.Tensor) -> th.Tensor:
+    """
+    :param values: ``(n, dim)``
+    :param operands: What they are differences of, or the values themselves, ``(n, dim)``
+    :return: Standard deviation of each column, ``(dim,)``. What varies by no more than the rounding of the operands has none.
+    """
+    std = values.double().std(dim=0, correction=0)
+    rounding = operands.double().abs().amax(dim=0) * th.finfo(th.float32).eps
+    return th.where(std > rounding, std, 0.0).to(values)
+
+
 def data_scale(transitions: Transitions) -> th.Tensor:
     """
     :param transitions: Real ones
     :return: Standard deviation of the reward and of each dimension of the observation, ``(1 + obs_dim,)``. What varies by
         less than float32 can tell apart has none.
     """
-    data = th.cat([transitions.rewards[:, None], transitions.obs], dim=1).double()
-    std, mean = th.std_mean(data, dim=0, correction=0)
-    return th.where(std > mean.abs() * th.finfo(th.float32).eps, std, 0.0).to(transitions.obs)
+    data = th.cat([transitions.rewards[:, None], transitions.obs], dim=1)
+    return spread(data, data)
 
 
 def open_loop_error(
-    ensemble: Ensemble,
-    real: Windows,
-    steps: Sequence[int],
-    scale: th.Tensor,
-    n_particles: int = 25,
-    reward: Reward | None = None,
-    constant: Sequence[int] = (),
-    binary: Sequence[int] = (),
+    follow: OpenLoop, real: Windows, steps: Sequence[int], scale: th.Tensor, n_particles: int = 25
 ) -> OpenLoopError:
     """
     Compare the model with real trajectories, which it should not have been trained on.
 
-    :param ensemble: A fitted ensemble
+    :param follow: :func:`open_loop` of a model
     :param real: What really happened
     :param steps: At which steps of the rollout, in ascending order. Those that no window reaches are left out.
     :param scale: See :class:`OpenLoopError`, and :func:`data_scale`
     :param n_particles: Model trajectories for each window
-    :param reward: See :func:`open_loop`
-    :param constant: See :func:`open_loop`
-    :param binary: See :func:`open_loop`
     :return: The errors
     """
     reached = [step for step in steps if step <= real.valid.shape[1] and bool(real.valid[:, step - 1].any())]
     rows = []
-    predictions = open_loop(ensemble, real.obs[:, 0], real.actions[:, : max(reached)], n_particles, reward, constant, binary)
+    predictions = follow(real.obs[:, 0], real.actions[:, : max(reached)], n_particles)
     for step, (next_obs, rewards) in enumerate(predictions, start=1):
         if step not in reached:
             continue
@@ -199,8 +205,8 @@ def open_loop_error(
         std = std.nan_to_num(nan=th.inf)
         change = true.clone()
         change[:, 1:] -= real.obs[valid, 0]
-        inside = [(error <= n_sigma * std).float().mean(dim=0) for n_sigma in (1, 2)]
+        inside = [((error <= n_sigma * std) & std.isfinite()).float().mean(dim=0) for n_sigma in (1, 2)]
         rms = [value.square().mean(dim=0).sqrt() for value in (error, std)]
-        rows.append((valid.sum(), *rms, change.std(dim=0, correction=0), th.stack(inside)))
-    n_windows, rmse, spread_of_particles, spread, inside_shares = (th.stack(column) for column in zip(*rows, strict=True))
-    return OpenLoopError(reached, n_windows, rmse, spread_of_particles, spread, inside_shares.transpose(0, 1), scale)
+        rows.append((valid.sum(), *rms, spread(change, true), th.stack(inside)))
+    n_windows, rmse, spread_of_particles, changes, inside_shares = (th.stack(column) for column in zip(*rows, strict=True))
+    return OpenLoopError(reached, n_windows, rmse, spread_of_particles, changes, inside_shares.transpose(0, 1), scale)

@@ -52,7 +52,13 @@ def describe_row(obs: Observations, action: np.ndarray, next_obs: Observations, 
 
 
 def apply_transition_fn(
-    fn: TransitionFn, name: str, obs: Observations, action: np.ndarray, next_obs: Observations, boolean: bool
+    fn: TransitionFn,
+    name: str,
+    obs: Observations,
+    action: np.ndarray,
+    next_obs: Observations,
+    boolean: bool,
+    finite: bool = True,
 ) -> np.ndarray:
     """
     Call a function of transitions and check what it returns.
@@ -62,14 +68,15 @@ def apply_transition_fn(
     :param obs: ``(n, *obs_shape)``, raw observations; for a ``Dict`` space a dictionary of them
     :param action: ``(n, *action_shape)``, in the environment's units
     :param next_obs: As ``obs``
-    :param boolean: Whether it must return bools; finite floats otherwise
+    :param boolean: Whether it must return bools; floats otherwise
+    :param finite: Whether they must be finite
     :return: ``(n,)``
     :raises ValueError: if the function raises, or returns anything else
     """
     values = _call(fn, name, obs, action, next_obs, boolean)
-    finite = np.isfinite(values)
-    if not finite.all():
-        row = int(finite.argmin())
+    is_finite = np.isfinite(values)
+    if finite and not is_finite.all():
+        row = int(is_finite.argmin())
         raise ValueError(
             f"`{name}` must return finite numbers, but returned {values[row]} for {describe_row(obs, action, next_obs, row)}"
         )
