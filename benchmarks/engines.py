@@ -1,7 +1,9 @@
 """Where runs are made: each in a process of this machine, or as a task of a Ray cluster."""
 
+import os
 import traceback
 from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from joblib import Parallel, delayed
@@ -12,13 +14,15 @@ from benchmarks.training import Run, train
 MAX_RETRIES = 20
 
 
-def attempt(run: Run) -> str | None:
+def attempt(run: Run, launcher: int | None = None) -> str | None:
     """
     :param run: What to train
+    :param launcher: Process that started this one, and with which it ends
     :return: Why it failed, if it did: one run that fails stops no other
     """
     try:
-        train(run)
+        # In its own process there is none
+        train(run, launcher if os.getppid() == launcher else None)
     except Exception:
         return traceback.format_exc()
     return None
@@ -30,7 +34,11 @@ def local(runs: list[Run], jobs: int) -> Iterable[str | None]:
     :param jobs: How many at the same time
     :return: For each run why it failed, if it did
     """
-    results: list[str | None] = Parallel(n_jobs=jobs)(delayed(attempt)(run) for run in runs)
+    try:
+        results: list[str | None] = Parallel(n_jobs=jobs)(delayed(attempt)(run, os.getpid()) for run in runs)
+    except BrokenProcessPool as error:
+        # Which takes the others with it
+        return [None if run.is_finished else f"A process was killed (out of memory?); start again: {error}" for run in runs]
     return results
 
 
@@ -48,7 +56,12 @@ def ray(runs: list[Run], address: str | None) -> Iterable[str | None]:
     # The nodes have sb3_mbpo installed, not this folder
     with ray.init(address=address, runtime_env={"py_modules": [str(Path(__file__).parent)]}):
         task = ray.remote(attempt)
-        results: list[str | None] = ray.get(
-            [task.options(num_cpus=run.threads, max_retries=MAX_RETRIES, name=run.name).remote(run) for run in runs]
-        )
+        tasks = [task.options(num_cpus=run.threads, max_retries=MAX_RETRIES, name=run.name).remote(run) for run in runs]
+        results = []
+        for each in tasks:
+            try:
+                results.append(ray.get(each))
+            # Its workers died more often than that; the others go on
+            except ray.exceptions.RayError as error:
+                results.append(str(error))
     return results

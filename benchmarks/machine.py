@@ -6,6 +6,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import sb3_mbpo
+
 
 def processor() -> str:
     """
@@ -31,9 +33,11 @@ def installed(package: str) -> str:
 def commit() -> str:
     """
     :return: Short hash of the commit that this folder is at, with a "+" if files that git tracks were changed since; empty
-        outside of a checkout
+        outside of a checkout, or if another ``sb3_mbpo`` is in use than that of the checkout
     """
     here = Path(__file__).parent
+    if Path(sb3_mbpo.__file__).resolve().parents[1] != here.resolve().parent:
+        return ""
     try:
         answers = [
             subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()

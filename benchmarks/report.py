@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rliable import library, metrics  # type: ignore[import-untyped]
 
-# Evaluations of one episode are noisy: values in tables are means of the last so many
+# Evaluations of one episode are noisy: values in tables are means of so many, half of them before and half after
 WINDOW = 5
 BOOTSTRAPS = 2_000
 # Of the way from the first evaluation to the best, at which sample efficiency is compared
@@ -50,10 +51,10 @@ class Curve(NamedTuple):
     def at(self, step: int) -> int | None:
         """
         :param step: Environment steps
-        :return: Index of the evaluation there, the last one within 1 % of it; None if there is none
+        :return: Index of the nearest evaluation, None if it is further than 3 % away
         """
-        near = np.flatnonzero((self.steps <= step) & (self.steps > 0.99 * step - 1))
-        return int(near[-1]) if len(near) else None
+        nearest = int(np.abs(self.steps - step).argmin())
+        return nearest if abs(self.steps[nearest] - step) <= 0.03 * step else None
 
 
 def iqm_over_seeds(scores: np.ndarray) -> np.ndarray:
@@ -78,9 +79,9 @@ def returns(table: pd.DataFrame, env: str, algo: str) -> pd.DataFrame:
 def smoothed(values: pd.DataFrame) -> pd.DataFrame:
     """
     :param values: Of :func:`returns`
-    :return: Means of the last ``WINDOW`` evaluations of each seed, of fewer at the beginning
+    :return: Means of ``WINDOW`` evaluations of each seed, in the midst of them; of fewer at the beginning and the end
     """
-    return values.rolling(WINDOW, min_periods=1).mean().where(values.notna())
+    return values.rolling(WINDOW, min_periods=1, center=True).mean().where(values.notna())
 
 
 def curve(values: pd.DataFrame) -> Curve:
@@ -129,8 +130,9 @@ def draw(ax: Axes, env: str, algos: dict[str, pd.DataFrame], reference: Path | N
     for algo, values in algos.items():
         drawn = curve(values)
         color = COLORS.get(algo, "#CC79A7")
-        n_seeds = drawn.n_seeds.max()
-        ax.plot(drawn.steps, drawn.iqm, color=color, label=f"{algo}, {n_seeds} seed{'s' if n_seeds > 1 else ''}")
+        least, most = drawn.n_seeds.min(), drawn.n_seeds.max()
+        n_seeds = f"{most}" if least == most else f"{least} to {most}"
+        ax.plot(drawn.steps, drawn.iqm, color=color, label=f"{algo}, {n_seeds} seed{'s' if most > 1 else ''}")
         ax.fill_between(drawn.steps, drawn.low, drawn.high, color=color, alpha=0.2, linewidth=0)
     last = max(values.index.max() for values in algos.values())
     file = None if reference is None else reference / f"mbpo_paper_{env.split('-')[0]}.csv"
@@ -212,14 +214,12 @@ def marks_table(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
     return markdown(["task", "algorithm", "seeds", *(in_thousands(mark) for mark in MARKS), "end"], rows)
 
 
-def first_step(values: pd.DataFrame, level: float) -> int:
+def mean_curve(values: pd.DataFrame) -> "pd.Series[float]":
     """
     :param values: Returns by step and seed
-    :param level: Of return
-    :return: First step at which the mean over seeds, smoothed, is at the level
+    :return: Mean over all seeds, smoothed, up to where the shortest run is: a seed that ends must not lift the mean
     """
-    mean = smoothed(values).mean(axis=1)
-    return int(mean.index[mean >= level][0])
+    return smoothed(values.dropna()).mean(axis=1)
 
 
 def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list[str]]:
@@ -233,12 +233,15 @@ def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list
         for algo, values in algos.items():
             if algo == "sac":
                 continue
-            means = [smoothed(each).mean(axis=1) for each in (values, algos["sac"])]
-            start, best = max(mean.iloc[0] for mean in means), min(mean.max() for mean in means)
+            means = [mean_curve(each) for each in (values, algos["sac"])]
+            start, best = min(mean.iloc[0] for mean in means), min(mean.max() for mean in means)
             # Not the very best, which is luck
             level = start + SHARE * (best - start)
-            own, sac = first_step(values, level), first_step(algos["sac"], level)
-            yield [env, algo, f"{level:,.0f}", f"{own:,}", f"{sac:,}", f"{sac / own:.1f}"]
+            own, sac = (int(mean.index[mean >= level][0]) for mean in means)
+            # How much earlier than its first evaluation one was there, nobody knows
+            firsts = ["" if step > mean.index[0] else "at most " for step, mean in zip((own, sac), means, strict=True)]
+            bound = {("at most ", ""): "at least ", ("", "at most "): "at most "}.get((firsts[0], firsts[1]), "")
+            yield [env, algo, f"{level:,.0f}", f"{firsts[0]}{own:,}", f"{firsts[1]}{sac:,}", f"{bound}{sac / own:.1f}"]
 
 
 def seconds_table(table: pd.DataFrame) -> str:
@@ -284,13 +287,16 @@ def tables(table: pd.DataFrame) -> str:
         [
             "## Return",
             "",
-            f"Interquartile mean over seeds of the mean of the last {WINDOW} evaluations, with 95 % bootstrap intervals.",
+            f"Interquartile mean over seeds of the mean of {WINDOW} evaluations around the step (of the last 3 at the end), "
+            "with 95 % bootstrap intervals. Of two or three seeds it is the mean, and the interval goes from the lowest to "
+            "the highest.",
             "",
             marks_table(curves),
             "## Sample efficiency",
             "",
             f"Environment steps until the mean over seeds, smoothed in the same way, has come {SHARE:.0%} of the way from the "
-            "first evaluation to the highest level that both algorithms got to.",
+            "lower of both first evaluations to the highest level that both algorithms got to. As far as all seeds were "
+            "trained.",
             "",
             markdown(["task", "algorithm", "return", "its steps", "SAC's steps", "ratio"], list(efficiency_rows(curves))),
             "## Wall-clock",
@@ -317,6 +323,7 @@ def write(table: pd.DataFrame, out: Path, reference: Path | None = None) -> list
     files = [out / "curves.png", out / "curves.svg", out / "tables.md"]
     drawn.savefig(files[0], dpi=120)
     # Without what differs in every file
-    drawn.savefig(files[1], metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "benchmarks"}):
+        drawn.savefig(files[1], metadata={"Date": None})
     files[2].write_text(tables(table))
     return files

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 # `return` is the mean of `episodes` deterministic episodes after `step` environment steps, `return_std` their standard
-# deviation. Seconds are of this run so far, without those of evaluations and checkpoints, which are in `eval_seconds`; what is
-# known of MBPO only is empty for others. `resumed` counts how often the run was taken up again.
+# deviation. Seconds are of this run so far, without those of evaluations and checkpoints, which are in `eval_seconds`, and
+# without the work that was lost when it was killed; what is known of MBPO only is empty for others. `resumed` counts how often
+# the run was taken up again.
 COLUMNS = (
     *("env", "algo", "seed", "step", "return", "return_std", "episodes", "episode_length"),
     *(

@@ -42,7 +42,8 @@ SUITES = {
 
 class Algorithm(NamedTuple):
     """
-    :param zoo: RL Zoo's name, whose tuned hyperparameters for the task hold
+    :param zoo: RL Zoo's name, whose hyperparameters for the task hold, or its default if it has none for the task: version
+        2.9.2 has none of SAC and PPO for MuJoCo's v5 tasks
     :param changes: To these hyperparameters
     """
 
@@ -52,6 +53,7 @@ class Algorithm(NamedTuple):
 
 VARIANTS = {
     # The paper's "no model" (section 5): MBPO's hyperparameters, all of each batch real. The numbers are those of SAC.
+    # 20 updates are MBPO's for Hopper and its default.
     "sac-g20": Algorithm("mbpo", {"real_ratio": 1.0, "gradient_steps": 20}),
     "mbpo-auto": Algorithm("mbpo", {"rollout_schedule": "auto"}),
 }
@@ -105,7 +107,7 @@ def runs(
             results=results.absolute(),
             commit=commit,
         )
-        for seed in seeds
+        for seed in dict.fromkeys(seeds)
         for env in envs or tasks
         for algo in algos
     ]

@@ -1,6 +1,9 @@
 """One run, from its start or from its newest checkpoint to its end, by RL Zoo's own manager of experiments."""
 
 import argparse
+import copy
+import json
+import os
 import platform
 import shutil
 import sys
@@ -25,6 +28,8 @@ from benchmarks import machine
 from benchmarks.results import Row, read_rows, write_rows
 
 FINAL_EPISODES = 10
+# How long to wait for the lock of a run: whoever was killed may still be at a training of the model
+LOCK_SECONDS = 120.0
 
 
 class Run(NamedTuple):
@@ -88,11 +93,22 @@ class EvaluateAndSave(BaseCallback):
     :param manager: RL Zoo's, with the environments
     :param rows: Evaluations up to the checkpoint that the agent comes from
     :param resumed: How often the run was taken up again
+    :param settings: That it is trained with, saved beside the agent
+    :param launcher: Process without which the run must not go on
     """
 
-    def __init__(self, run: Run, manager: ExperimentManager, rows: list[Row], resumed: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        manager: ExperimentManager,
+        rows: list[Row],
+        resumed: int,
+        settings: dict[str, str],
+        launcher: int | None,
+    ) -> None:
         super().__init__()
         self.run, self.manager, self.rows, self.resumed = run, manager, rows, resumed
+        self.settings, self.launcher = settings, launcher
         self.eval_env = manager.create_envs(1, eval_env=True)
         self.before = rows[-1] if rows else {}
         # They do not change during the run
@@ -109,10 +125,17 @@ class EvaluateAndSave(BaseCallback):
             },
         }
 
+    def _init_callback(self) -> None:
+        # Before MBPO compiles, which is part of the training
+        self.start, self.own_seconds = time.perf_counter(), 0.0
+
     def _on_training_start(self) -> None:
-        self.start, self.own_seconds, self.last_step = time.perf_counter(), 0.0, self.model.num_timesteps
+        self.last_step = self.model.num_timesteps
 
     def _on_step(self) -> bool:
+        if self.launcher is not None and os.getppid() != self.launcher:
+            # Killed, and started again, it would find this run in use
+            raise RuntimeError("The command that started this run is gone")
         return True
 
     def _on_rollout_start(self) -> None:
@@ -169,43 +192,62 @@ class EvaluateAndSave(BaseCallback):
     def _save(self, step: int) -> None:
         """In the way in which RL Zoo saves, so that it can continue; complete or not at all."""
         folder = self.run.folder / self.run.name
-        temporary = folder / "saving"
+        temporary, target = folder / "saving", folder / f"checkpoint-{step:09d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        write_rows(temporary / "rows.csv", self.rows)
+        (temporary / "settings.json").write_text(json.dumps(self.settings, indent=1))
         self.model.save(temporary / f"{self.run.env}.zip")
         if isinstance(self.model, OffPolicyAlgorithm):
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
         if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
             (temporary / self.run.env).mkdir()
             vec_normalize.save(str(temporary / self.run.env / "vecnormalize.pkl"))
-        previous, target = self.run.checkpoint(), folder / f"checkpoint-{step:09d}"
-        outdated = folder / "outdated"
-        shutil.rmtree(outdated, ignore_errors=True)
-        if previous == target:
-            previous = previous.rename(outdated)
-        temporary.rename(target)
-        if previous is not None:
-            shutil.rmtree(previous)
+        if target.exists():
+            # The same agent, evaluated again: only the rows are others
+            (temporary / "rows.csv").replace(target / "rows.csv")
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(target)
+        for other in folder.glob("checkpoint-*"):
+            if other != target:
+                shutil.rmtree(other)
 
 
 def rows_before(run: Run, checkpoint: Path | None) -> list[Row]:
     """
     :param run: What is trained
     :param checkpoint: That it goes on from
-    :return: Its evaluations up to the checkpoint
+    :return: Its evaluations up to the checkpoint, in which they are saved: the table may be an older one, or gone
     :raises ValueError: if there are evaluations, but no checkpoint to go on from
     """
+    if checkpoint is not None:
+        return read_rows(checkpoint / "rows.csv")
     rows = read_rows(run.table)
-    if checkpoint is None:
-        # With one row, it was killed before its first checkpoint
-        if len(rows) > 1:
-            raise ValueError(
-                f"{run.table} has evaluations up to step {rows[-1]['step']:,}, but there is no checkpoint in "
-                f"{run.folder / run.name} to go on from: say where it is (`--runs`), or delete the file to begin again"
-            )
-        return []
-    step = int(checkpoint.name.split("-")[1])
-    return [row for row in rows if row["step"] <= step]
+    # With one row, it was killed before its first checkpoint
+    if len(rows) > 1:
+        raise ValueError(
+            f"{run.table} has evaluations up to step {rows[-1]['step']:,}, but there is no checkpoint in "
+            f"{run.folder / run.name} to go on from: say where it is (`--runs`), or delete the file to begin again"
+        )
+    return []
+
+
+def check_settings(run: Run, checkpoint: Path, settings: dict[str, str]) -> None:
+    """
+    :param run: What is trained
+    :param checkpoint: To go on from
+    :param settings: To go on with
+    :raises ValueError: if they are not those that it was trained with: its curve would be of neither
+    """
+    saved: dict[str, str] = json.loads((checkpoint / "settings.json").read_text())
+    differs = {name: (saved.get(name), settings.get(name)) for name in sorted(saved.keys() | settings.keys())}
+    differs = {name: (before, now) for name, (before, now) in differs.items() if before != now}
+    if differs:
+        changes = ", ".join(f"{name} was {before} and is {now}" for name, (before, now) in differs.items())
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {changes}. Delete it and the run's table to begin again"
+        )
 
 
 def make_manager(run: Run, checkpoint: Path | None) -> ExperimentManager:
@@ -224,42 +266,48 @@ def make_manager(run: Run, checkpoint: Path | None) -> ExperimentManager:
         str(run.folder / run.name / "zoo"),
         n_timesteps=run.steps,
         eval_freq=-1,
-        # The zoo changes what it gets
-        hyperparams=dict(run.changes) or None,
-        env_kwargs=dict(run.env_kwargs) or None,
-        eval_env_kwargs=dict(run.env_kwargs) or None,
+        # The zoo and the agent change what they get
+        hyperparams=copy.deepcopy(run.changes) or None,
+        env_kwargs=copy.deepcopy(run.env_kwargs) or None,
+        eval_env_kwargs=copy.deepcopy(run.env_kwargs) or None,
         trained_agent=agent,
         seed=run.seed,
     )
 
 
-def train(run: Run) -> None:
+def train(run: Run, launcher: int | None = None) -> None:
     """
     Train to the end, from the newest checkpoint if there is one. What is printed goes to ``log.txt`` in the run's folder, and
     what SB3 logs to CSV files there.
 
     :param run: What
-    :raises ValueError: if there are evaluations, but no checkpoint to go on from
-    :raises RuntimeError: if another process is training it
+    :param launcher: Process that started this one, and with which it ends
+    :raises ValueError: if there are evaluations, but no checkpoint to go on from, or one that was trained with other settings
+    :raises RuntimeError: if another process is training it, or the launcher is gone
     """
     folder = run.folder / run.name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(folder / "lock", timeout=LOCK_SECONDS):
             if not run.is_finished:
                 with (folder / "log.txt").open("a", buffering=1) as log, redirect_stdout(log):
-                    _train(run, folder)
+                    _train(run, folder, launcher)
     except Timeout as error:
         raise RuntimeError(f"{run.name} is being trained by another process, which holds {folder / 'lock'}") from error
 
 
-def _train(run: Run, folder: Path) -> None:
+def _train(run: Run, folder: Path, launcher: int | None) -> None:
     checkpoint = run.checkpoint()
     rows = rows_before(run, checkpoint)
     resumed = 0 if checkpoint is None else int(rows[-1]["resumed"]) + 1
     set_random_seed(run.seed)
     th.set_num_threads(run.threads)
     manager = make_manager(run, checkpoint)
+    _, hyperparams = manager.read_hyperparameters()
+    settings = {name: str(value) for name, value in hyperparams.items() if name != "n_timesteps"}
+    settings |= {"algo": run.zoo_algo, "env_kwargs": str(run.env_kwargs)}
+    if checkpoint is not None:
+        check_settings(run, checkpoint, settings)
     setup = manager.setup_experiment()
     assert setup is not None
     model: BaseAlgorithm = setup[0]
@@ -267,7 +315,7 @@ def _train(run: Run, folder: Path) -> None:
         # A loaded agent has seeded everything as at its beginning: the same episodes and the same noise would come again
         model.set_random_seed(run.seed + 1_000_000 * resumed)
     model.set_logger(configure(str(folder / f"progress-{model.num_timesteps:09d}"), ["csv"]))
-    callback = EvaluateAndSave(run, manager, rows, resumed)
+    callback = EvaluateAndSave(run, manager, rows, resumed, settings, launcher)
     # Not by the manager, which would count steps from 0 again
     model.learn(
         run.steps - model.num_timesteps, callback=[*manager.callbacks, callback], log_interval=1, reset_num_timesteps=False
