@@ -7,18 +7,9 @@ from pathlib import Path
 
 from benchmarks import engines, report, suites
 from benchmarks.results import read_all
+from sb3_mbpo.command_line import at_least
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def positive(text: str) -> int:
-    """
-    :param text: Of the command line
-    :return: The number
-    """
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,10 +27,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--envs", nargs="+", help="tasks of the suite (default: all)")
     train.add_argument("--algos", nargs="+", default=["mbpo", "sac"], help=f"of RL Zoo, or {', '.join(suites.VARIANTS)}")
     train.add_argument("--seeds", nargs="+", type=int, default=[0])
-    train.add_argument("--steps", type=positive, help="environment steps of each run (default: the suite's)")
-    train.add_argument("--eval-every", type=positive, default=1_000, help="environment steps between two evaluations")
-    train.add_argument("--jobs", type=positive, default=1, help="runs at the same time (engine local)")
-    train.add_argument("--threads", type=positive, default=max(1, (os.cpu_count() or 1) // 2), help="threads of each run")
+    train.add_argument("--steps", type=at_least(1), help="environment steps of each run (default: the suite's)")
+    train.add_argument("--eval-every", type=at_least(1), default=1_000, help="environment steps between two evaluations")
+    train.add_argument("--jobs", type=at_least(1), default=1, help="runs at the same time (engine local)")
+    train.add_argument("--threads", type=at_least(1), default=max(1, (os.cpu_count() or 1) // 2), help="threads of each run")
     train.add_argument("--engine", choices=["local", "ray"], default="local", help="processes of this machine, or Ray")
     train.add_argument("--address", help="of the Ray cluster (default: one is started here)")
     train.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables of evaluations")

@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_mbpo.buffers import n_transitions, real_transitions
 from sb3_mbpo.checkpoints import saved_attributes
+from sb3_mbpo.command_line import at_least
 from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
@@ -34,20 +35,6 @@ if TYPE_CHECKING:
 
 # Makes --seed 0 another seed than an agent's 0
 SEED_OF_DIAGNOSTICS = (4, 3)
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """
-    :param minimum: Of an argument
-    :return: That reads it
-    """
-
-    def number(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be {minimum} or more, not {text}")
-        return int(text)
-
-    return number
 
 
 def parser() -> argparse.ArgumentParser:
