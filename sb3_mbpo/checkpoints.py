@@ -96,7 +96,7 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
                 raise EOFError("it lacks the agent's attributes")
             attributes: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
     # Which of these it is depends on where a byte is missing or wrong
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise ValueError(f"The file {file} is not the complete zip of an agent (truncated or altered?): {error}") from error
     finally:
         if isinstance(file, BufferedIOBase):
