@@ -38,7 +38,8 @@ def local(runs: list[Run], jobs: int) -> Iterable[str | None]:
         results: list[str | None] = Parallel(n_jobs=jobs)(delayed(attempt)(run, os.getpid()) for run in runs)
     except BrokenProcessPool as error:
         # Which takes the others with it
-        return [None if run.is_finished else f"A process was killed (out of memory?); start again: {error}" for run in runs]
+        reason = f"{error}\nA process was killed (out of memory?): start the command again"
+        return [None if run.is_finished else reason for run in runs]
     return results
 
 

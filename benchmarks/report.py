@@ -237,11 +237,12 @@ def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list
             start, best = min(mean.iloc[0] for mean in means), min(mean.max() for mean in means)
             # Not the very best, which is luck
             level = start + SHARE * (best - start)
-            own, sac = (int(mean.index[mean >= level][0]) for mean in means)
-            # How much earlier than its first evaluation one was there, nobody knows
-            firsts = ["" if step > mean.index[0] else "at most " for step, mean in zip((own, sac), means, strict=True)]
-            bound = {("at most ", ""): "at least ", ("", "at most "): "at most "}.get((firsts[0], firsts[1]), "")
-            yield [env, algo, f"{level:,.0f}", f"{firsts[0]}{own:,}", f"{firsts[1]}{sac:,}", f"{bound}{sac / own:.1f}"]
+            steps = [int(mean.index[mean >= level][0]) for mean in means]
+            # How much earlier than its first evaluation one was there, nobody knows, nor the ratio then
+            at_once = [step == mean.index[0] for step, mean in zip(steps, means, strict=True)]
+            ratio = "unknown" if any(at_once) else f"{steps[1] / steps[0]:.1f}"
+            cells = [("at most " if first else "") + f"{step:,}" for step, first in zip(steps, at_once, strict=True)]
+            yield [env, algo, f"{level:,.0f}", *cells, ratio]
 
 
 def seconds_table(table: pd.DataFrame) -> str:

@@ -193,6 +193,10 @@ class EvaluateAndSave(BaseCallback):
         """In the way in which RL Zoo saves, so that it can continue; complete or not at all."""
         folder = self.run.folder / self.run.name
         temporary, target = folder / "saving", folder / f"checkpoint-{step:09d}"
+        if target.exists():
+            # The same agent, evaluated again: only the rows are others
+            write_rows(target / "rows.csv", self.rows)
+            return
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_rows(temporary / "rows.csv", self.rows)
@@ -203,12 +207,7 @@ class EvaluateAndSave(BaseCallback):
         if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
             (temporary / self.run.env).mkdir()
             vec_normalize.save(str(temporary / self.run.env / "vecnormalize.pkl"))
-        if target.exists():
-            # The same agent, evaluated again: only the rows are others
-            (temporary / "rows.csv").replace(target / "rows.csv")
-            shutil.rmtree(temporary)
-        else:
-            temporary.rename(target)
+        temporary.rename(target)
         for other in folder.glob("checkpoint-*"):
             if other != target:
                 shutil.rmtree(other)

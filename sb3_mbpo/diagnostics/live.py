@@ -30,7 +30,7 @@ N_PARTICLES = 25
 N_REFERENCE = 1_000
 
 
-class Policy(NamedTuple):
+class PolicySnapshot(NamedTuple):
     """
     What decides on actions, at some time.
 
@@ -42,14 +42,14 @@ class Policy(NamedTuple):
     vec_normalize: VecNormalize | None
 
 
-def gaussian_of(agent: "MBPO", obs: th.Tensor, policy: Policy | None = None) -> tuple[th.Tensor, th.Tensor]:
+def gaussian_of(agent: "MBPO", obs: th.Tensor, policy: PolicySnapshot | None = None) -> tuple[th.Tensor, th.Tensor]:
     """
     :param agent: The agent
     :param obs: Raw and flat, ``(n, obs_dim)``
     :param policy: The agent's from before, its present one if None
     :return: Mean and standard deviation of the policy before it is squashed, each ``(n, action_dim)``
     """
-    actor, vec_normalize = policy or Policy(agent.actor, agent.get_vec_normalize_env())
+    actor, vec_normalize = policy or PolicySnapshot(agent.actor, agent.get_vec_normalize_env())
     with th.no_grad():
         seen = normalized(unflatten(agent.observation_space, obs), vec_normalize)
         mean, log_std, kwargs = actor.get_action_dist_params(seen)
@@ -70,7 +70,7 @@ class LiveDiagnostics:
     def __init__(self, agent: "MBPO", model_env: "ModelEnv") -> None:
         self.agent, self.model_env = agent, model_env
         # Of the last training: the policy, and what the model knew of the transitions that it was trained on
-        self._policy: Policy | None = None
+        self._policy: PolicySnapshot | None = None
         self._reference_nll: th.Tensor | None = None
 
     def before_training(self, transitions: Transitions, horizon: int) -> OpenLoopError | None:
@@ -127,7 +127,7 @@ class LiveDiagnostics:
         # As it acts
         actor.set_training_mode(False)
         # As it is saved: without the environments
-        self._policy = Policy(actor, copy.deepcopy(self.agent.get_vec_normalize_env()))
+        self._policy = PolicySnapshot(actor, copy.deepcopy(self.agent.get_vec_normalize_env()))
         rows = th.randint(len(transitions.obs), (N_REFERENCE,), device=transitions.obs.device)
         self._reference_nll = self._nll(Transitions(*(column[rows] for column in transitions)))
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
+from sb3_mbpo.diagnostics.undisturbed import same_exploration
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.spaces import flatten, map_arrays
 
@@ -39,39 +40,43 @@ def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = Fals
     was_training = vec_normalize is not None and vec_normalize.training
     if vec_normalize is not None:
         vec_normalize.training = False
-    trajectories, rows = [], []
-    # Matrices of gSDE that someone explores with
-    exploration = vars(agent.actor.action_dist).copy()
     try:
-        obs: Any = env.reset()
-        raw_obs = obs if vec_normalize is None else vec_normalize.get_original_obs()
-        for step in range(n_steps):
-            if agent.use_sde:
-                agent.actor.reset_noise()
-            action, _ = agent.predict(obs, deterministic=deterministic)
-            obs, reward, done, info = env.step(action)
-            if vec_normalize is not None:
-                reward = vec_normalize.get_original_reward()
-            next_raw = obs if vec_normalize is None else vec_normalize.get_original_obs()
-            successor = next_raw
-            if done[0]:
-                last = info[0]["terminal_observation"]
-                if isinstance(last, dict):
-                    # The environment's own order need not be that of its space
-                    last = {name: last[name] for name in next_raw}
-                last = map_arrays(lambda array: np.asarray(array)[None], last)
-                successor = _raw(vec_normalize, last)
-            terminated = bool(done[0]) and not info[0].get("TimeLimit.truncated", False)
-            scaled = agent.policy.scale_action(action)
-            rows.append((flatten(raw_obs), flatten(scaled), flatten(successor), reward, np.array([terminated])))
-            raw_obs = next_raw
-            if done[0] or step == n_steps - 1:
-                columns = [th.as_tensor(np.concatenate(column), device=agent.device) for column in zip(*rows, strict=True)]
-                numbers = [column.float() for column in columns[:4]]
-                trajectories.append(Transitions(numbers[0], numbers[1], numbers[2], numbers[3], columns[4]))
-                rows = []
+        with same_exploration(agent):
+            return _act(agent, env, vec_normalize, n_steps, deterministic)
     finally:
-        vars(agent.actor.action_dist).update(exploration)
         if vec_normalize is not None:
             vec_normalize.training = was_training
+
+
+def _act(
+    agent: "MBPO", env: VecEnv, vec_normalize: VecNormalize | None, n_steps: int, deterministic: bool
+) -> list[Transitions]:
+    trajectories, rows = [], []
+    obs: Any = env.reset()
+    raw_obs = obs if vec_normalize is None else vec_normalize.get_original_obs()
+    for step in range(n_steps):
+        if agent.use_sde:
+            agent.actor.reset_noise()
+        action, _ = agent.predict(obs, deterministic=deterministic)
+        obs, reward, done, info = env.step(action)
+        if vec_normalize is not None:
+            reward = vec_normalize.get_original_reward()
+        next_raw = obs if vec_normalize is None else vec_normalize.get_original_obs()
+        successor = next_raw
+        if done[0]:
+            last = info[0]["terminal_observation"]
+            if isinstance(last, dict):
+                # The environment's own order need not be that of its space
+                last = {name: last[name] for name in next_raw}
+            last = map_arrays(lambda array: np.asarray(array)[None], last)
+            successor = _raw(vec_normalize, last)
+        terminated = bool(done[0]) and not info[0].get("TimeLimit.truncated", False)
+        scaled = agent.policy.scale_action(action)
+        rows.append((flatten(raw_obs), flatten(scaled), flatten(successor), reward, np.array([terminated])))
+        raw_obs = next_raw
+        if done[0] or step == n_steps - 1:
+            columns = [th.as_tensor(np.concatenate(column), device=agent.device) for column in zip(*rows, strict=True)]
+            numbers = [column.float() for column in columns[:4]]
+            trajectories.append(Transitions(numbers[0], numbers[1], numbers[2], numbers[3], columns[4]))
+            rows = []
     return trajectories

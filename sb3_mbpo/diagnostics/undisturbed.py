@@ -11,15 +11,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def same_exploration(agent: "MBPO") -> Iterator[None]:
+    """
+    What gSDE explores with afterwards is what it explored with before.
+
+    :param agent: Who acts inside
+    """
+    exploration = vars(agent.actor.action_dist).copy()
+    try:
+        yield
+    finally:
+        vars(agent.actor.action_dist).update(exploration)
+
+
+@contextmanager
 def undisturbed(agent: "MBPO") -> Iterator[None]:
     """
     What is drawn inside (torch's random numbers, gSDE's exploration matrices), a training outside does not notice.
 
     :param agent: Who is measured
     """
-    exploration = vars(agent.actor.action_dist).copy()
-    with th.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            vars(agent.actor.action_dist).update(exploration)
+    devices = [agent.device] if agent.device.type == "cuda" else []
+    with th.random.fork_rng(devices=devices), same_exploration(agent):
+        yield
