@@ -267,8 +267,8 @@ def make_manager(run: Run, checkpoint: Path | None) -> ExperimentManager:
         eval_freq=-1,
         # The zoo and the agent change what they get
         hyperparams=copy.deepcopy(run.changes) or None,
+        # Of the evaluation, too
         env_kwargs=copy.deepcopy(run.env_kwargs) or None,
-        eval_env_kwargs=copy.deepcopy(run.env_kwargs) or None,
         trained_agent=agent,
         seed=run.seed,
     )

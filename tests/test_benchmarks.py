@@ -19,7 +19,7 @@ from filelock import FileLock
 from scipy.stats import trim_mean
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from benchmarks import engines, report, suites, training
+from benchmarks import engines, machine, report, suites, training
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.results import COLUMNS, read_all, read_rows, write_rows
 from benchmarks.training import Run, train
@@ -476,6 +476,23 @@ def test_figure(reference, tmp_path):
     if reference:
         assert {tuple(corner) for corner in bands[1].tolist()} == {(0, 4), (0, 6), (10_000, 90), (10_000, 110)}
     assert [text.get_text() for text in pendulum.get_legend().get_texts()] == ["sac, 1 seed"]
+
+
+def test_the_same_table_makes_the_same_files(tmp_path):
+    """So that under version control only what is new differs."""
+    runs = table(np.ones((2, 3)))
+    for name in ("first", "second"):
+        files = report.write(runs, tmp_path / name)
+    assert [path.name for path in files] == ["curves.png", "curves.svg", "tables.md"]
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "first" / path.name).read_bytes()
+
+
+def test_commit_is_that_of_the_package_in_use(monkeypatch):
+    """Another one that is installed was not made of this checkout."""
+    assert re.fullmatch(r"[0-9a-f]{10}\+?", machine.commit())
+    monkeypatch.setattr("sb3_mbpo.__file__", "/elsewhere/site-packages/sb3_mbpo/__init__.py")
+    assert machine.commit() == ""
 
 
 def test_the_documentation_shows_what_is_committed():

@@ -110,8 +110,10 @@ def test_when_it_is_compiled(compile, bar, expected, monkeypatch, capsys):
 
 def test_the_log_says_which_path_is_in_use(tmp_path):
     agent = make_agent(compile=True, use_sde=True)
-    with pytest.warns(UserWarning, match="Not compiled: gradient updates.*SAC.train.*because gSDE is in use"):
+    with pytest.warns(UserWarning, match="Not compiled: gradient updates.*SAC.train.*because gSDE is in use") as caught:
         agent.learn(70, log_interval=None)
+    # Of the line that calls `learn()`
+    assert [warning.filename for warning in caught if "Not compiled" in str(warning.message)] == [__file__]
     values = []
     agent.logger.dump = lambda step: values.append(dict(agent.logger.name_to_value))
     agent.dump_logs()
