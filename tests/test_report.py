@@ -141,6 +141,19 @@ def test_bound(model_error, measured, expected):
     assert report.of_shift(make_shift(model_error), 1.0)[0][0].measured == "gamma is 1"
 
 
+def test_a_band_that_holds_everything_says_nothing():
+    """Of eight truths in two dimensions six have a narrow band, in which are three; the model explodes at the end."""
+    real = th.tensor([[0.0, 0.0], [2.0, 4.0], [0.0, 0.0], [2.0, 4.0]])
+    off = th.tensor([[0.5, 0.5], [0.5, 0.05], [0.05, 0.05], [9.0, 9.0]])
+    std = th.tensor([[0.1, 0.1], [0.1, 0.1], [0.1, 0.1], [1e9, np.inf]])
+    section = report.of_replay(Replay(real, real + off, std), [0])
+    assert (
+        "narrower than the truth's own for 75% of the 4 steps, over all dimensions. 50% of the truth" in section.paragraphs[0]
+    )
+    nothing = report.of_replay(Replay(real, real + off, th.full((4, 2), np.inf)), [0])
+    assert "for 0% of the 4 steps, over all dimensions. None of the truth" in nothing.paragraphs[0]
+
+
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 

@@ -143,10 +143,16 @@ def of_replay(replayed: Replay, columns: Sequence[int]) -> Section:
     :param columns: Which to show
     :return: Section
     """
-    inside = ((replayed.real - replayed.mean).abs() <= replayed.std).float().mean(dim=1)
+    inside = (replayed.real - replayed.mean).abs() <= replayed.std
+    # A band that is wider than all that happens holds everything, and says nothing
+    says = replayed.std < replayed.real.std(dim=0, correction=0)
+    share = f"{inside[says].float().mean():.0%}" if says.any() else "None"
     return Section(
         "The same actions under the model",
-        [f"Of the truth, {inside.mean():.0%} lies within one standard deviation of the mean, over all {len(inside)} steps."],
+        [
+            f"The band of one standard deviation is narrower than the truth's own for {says.float().mean():.0%} of the "
+            f"{len(inside)} steps, over all dimensions. {share} of the truth lies inside it there."
+        ],
         "Paper, Figure 4 a and b: the actions of one real episode, many times under the model from the same first state. "
         "Nothing ends the model's trajectories, and axes are limited to what is near the truth.",
         [as_picture(figures.plot_replay(replayed, columns), "A real action sequence in the environment and under the model")],
