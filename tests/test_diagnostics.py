@@ -17,6 +17,7 @@ from sb3_mbpo.diagnostics import (
     policy_shift,
     replay,
     returns,
+    terminations,
     value_check,
 )
 from sb3_mbpo.diagnostics.live import gaussian_of
@@ -187,6 +188,41 @@ def test_correlation_of_returns_that_do_not_vary():
 
     flat = np.zeros(3)
     assert np.isnan(Returns(flat, flat, flat, flat, flat[None]).correlation())
+
+
+# --- Terminations ----------------------------------------------------------------------------------------------------
+
+
+def transitions_of(obs, actions, terminated):
+    obs, actions = th.tensor(obs)[:, None], th.tensor(actions)[:, None]
+    return Transitions(obs, actions, obs + actions, th.zeros(len(obs)), th.tensor(terminated))
+
+
+def test_terminations_of_a_model_that_falls_short(point):
+    """It moves half as far as the environment, whose episodes end beyond 4."""
+    trajectories = [
+        transitions_of([2.0, 3.2], [1.0, 1.0], [False, True]),
+        transitions_of([2.5, 3.8, 3.9], [1.0, -1.0, 1.0], [False, False, True]),
+    ]
+    measured = terminations(ModelEnv(point, point.get_env()), trajectories)
+    assert measured.real.tolist() == [False, True, False, False, True]
+    assert measured.model == pytest.approx([0, 0, 0, 0, 1])
+    assert measured.foreseen() == pytest.approx(0.5) and measured.invented() == 0
+
+
+def test_terminations_are_probabilities(point):
+    """Means of 4 and 3.6, with a standard deviation of 0.4: beyond 4 in a half and in 15.9 %."""
+    agent = with_known_model(point, [[0.0, 0.0], [0.0, 0.5]], sigma=0.4)
+    trajectories = [transitions_of([3.5, 3.1, 3.1], [1.0, 1.0, 1.0], [True, False, False])]
+    measured = terminations(ModelEnv(agent, agent.get_env()), trajectories, n_samples=4_000)
+    assert measured.foreseen() == pytest.approx(0.5, abs=0.03)
+    assert measured.invented() == pytest.approx(2 * 0.1587, abs=0.04)
+
+
+def test_terminations_where_nothing_ended_or_nothing_is_predicted(point):
+    agent = with_known_model(point, [[0.0, 0.0], [0.0, 0.5]], drift=[0.0, float("nan")])
+    measured = terminations(ModelEnv(agent, agent.get_env()), [transitions_of([9.0, 9.0], [1.0, 1.0], [False, False])])
+    assert measured.model.tolist() == [0, 0] and np.isnan(measured.foreseen()) and measured.invented() == 0
 
 
 # --- Policy shift ----------------------------------------------------------------------------------------------------

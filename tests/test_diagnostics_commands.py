@@ -202,6 +202,7 @@ def test_report_in_a_browser(trained, tmp_path, with_buffer):
             # The figures' letters of 10 points are at least 8 pixels high
             assert all(10 * shown / (4.2 * 72) >= 8 for _, shown in sizes)
             text = page.inner_text("body")
+            assert "Does it see where episodes end?" in text
             assert "median R²" in text and "nan" not in text.lower().replace("nanos", "")
             assert ("k* =" in text) == with_buffer and ("It needs --replay-buffer" in text) != with_buffer
         chromium.close()

@@ -8,6 +8,7 @@ from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns
 from sb3_mbpo.diagnostics.open_loop import Replay
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift
+from sb3_mbpo.diagnostics.terminations import Terminations
 from sb3_mbpo.diagnostics.values import ValueCheck
 from sb3_mbpo.dynamics.open_loop import OpenLoopError
 from tests.agents import make_agent
@@ -118,6 +119,22 @@ def test_values(q, returns, measured, expected):
     (finding,), section = report.of_values(check)
     assert finding.measured == f"{measured} of the returns" and expected in finding.verdict
     assert "Q-values of generated transitions are 4 on average" in section.paragraphs[0]
+
+
+@pytest.mark.parametrize(
+    "real, model, measured, expected",
+    [
+        ([1, 1, 0, 0], [1, 0.7, 0.1, 0], "85% of 2", "ends episodes where they end"),
+        ([1, 1, 0, 0], [0.8, 0.7, 0, 0], "75% of 2", "goes on where episodes end"),
+        ([1, 1, 0, 0], [1, 1, 0.6, 0.5], "100% of 2", "ends episodes that go on"),
+        ([0, 0, 0, 0], [0.1, 0, 0, 0.2], "none ended", "ends hardly any"),
+        ([0, 0, 0, 0], [1, 0.5, 0, 0], "none ended", "ends episodes that go on"),
+    ],
+)
+def test_ends_of_episodes(real, model, measured, expected):
+    (finding,), section = report.of_terminations(Terminations(np.array(real, dtype=bool), np.array(model)))
+    assert finding.measured == measured and expected in finding.verdict
+    assert f"Of 4 transitions {sum(real)} were terminal" in section.paragraphs[0] and "nan" not in section.paragraphs[0]
 
 
 def make_shift(model_error, shift=0.4, sizes=(100, 50)):

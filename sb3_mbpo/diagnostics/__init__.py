@@ -7,6 +7,7 @@ from sb3_mbpo.diagnostics.callback import DiagnosticsCallback
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
 from sb3_mbpo.diagnostics.open_loop import Replay, error_by_step, replay
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift, continued, policy_shift
+from sb3_mbpo.diagnostics.terminations import Terminations, terminations
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.diagnostics.values import ValueCheck, value_check
 
@@ -15,6 +16,7 @@ __all__ = [
     "PolicyShift",
     "Replay",
     "Returns",
+    "Terminations",
     "ValueCheck",
     "collect",
     "continued",
@@ -22,5 +24,6 @@ __all__ = [
     "policy_shift",
     "replay",
     "returns",
+    "terminations",
     "value_check",
 ]

@@ -23,6 +23,7 @@ from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift, continued, policy_shift
+from sb3_mbpo.diagnostics.terminations import terminations
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import Transitions
@@ -223,6 +224,9 @@ def _report(measured: Measured, out: Path) -> None:
         sections.append(section)
     except ValueError as error:
         left_out.append(report.Finding("Does the policy exploit the model?", "not measured", str(error)))
+    found, section = report.of_terminations(terminations(measured.model_env, measured.trajectories))
+    findings += found
+    sections.append(section)
     print("Values")
     try:
         if agent.model_buffer.size() == 0 and agent.uses_generated_data:

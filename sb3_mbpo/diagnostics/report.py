@@ -16,6 +16,7 @@ from sb3_mbpo.diagnostics import figures
 from sb3_mbpo.diagnostics.exploitation import Returns
 from sb3_mbpo.diagnostics.open_loop import Replay
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift
+from sb3_mbpo.diagnostics.terminations import Terminations
 from sb3_mbpo.diagnostics.values import ValueCheck
 from sb3_mbpo.dynamics.open_loop import OpenLoopError
 from sb3_mbpo.schedules import AUTO_TOLERANCE, trusted_steps
@@ -185,6 +186,35 @@ def of_returns(measured: Returns, horizon: int) -> tuple[list[Finding], Section]
         "Paper, Figure 4 c: the same stochastic policy from the same states; real returns from fresh trajectories. Terminal "
         "transitions end both.",
         [as_picture(figures.plot_returns(measured), "Returns under the model beside returns in the environment")],
+    )
+    return [finding], section
+
+
+def of_terminations(measured: Terminations) -> tuple[list[Finding], Section]:
+    """
+    :param measured: Where episodes ended, and where the model ends them
+    :return: Findings and section
+    """
+    n_real, foreseen, invented = int(measured.real.sum()), measured.foreseen(), measured.invented()
+    if foreseen < 0.8:
+        verdict = "The model goes on where episodes end: a policy that learns from it does not learn to avoid that."
+    elif invented > max(0.5 * n_real, 1):
+        verdict = "The model ends episodes that go on: a policy that learns from it avoids what is harmless."
+    elif n_real == 0:
+        verdict = "No episode ended, and the model ends hardly any."
+    else:
+        verdict = "The model ends episodes where they end."
+    finding = Finding("Does it see where episodes end?", f"{foreseen:.0%} of {n_real}" if n_real else "none ended", verdict)
+    section = Section(
+        "Where episodes end",
+        [
+            f"Of {len(measured.real):,} transitions {n_real} were terminal."
+            + (f" The model ends there with a probability of {foreseen:.0%}." if n_real else "")
+            + f" Of those after which the episode went on it ends {invented:.1f}."
+        ],
+        "One step of the model from each state of the fresh trajectories, with the recorded action, many times. Timeouts do "
+        "not count.",
+        [],
     )
     return [finding], section
 
