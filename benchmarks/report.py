@@ -238,9 +238,10 @@ def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list
             # Not the very best, which is luck
             level = start + SHARE * (best - start)
             steps = [int(mean.index[mean >= level][0]) for mean in means]
-            # How much earlier than its first evaluation one was there, nobody knows, nor the ratio then
+            # How much earlier than its first evaluation one was there, nobody knows
             at_once = [step == mean.index[0] for step, mean in zip(steps, means, strict=True)]
-            ratio = "unknown" if any(at_once) else f"{steps[1] / steps[0]:.1f}"
+            bound = "at least " if at_once[0] else "at most " if at_once[1] else ""
+            ratio = "unknown" if all(at_once) else f"{bound}{steps[1] / steps[0]:.1f}"
             cells = [("at most " if first else "") + f"{step:,}" for step, first in zip(steps, at_once, strict=True)]
             yield [env, algo, f"{level:,.0f}", *cells, ratio]
 

@@ -442,9 +442,11 @@ def test_who_is_there_at_once():
     """How much earlier, nobody knows; and one that is never as good sets the level."""
     at_once, slow = np.full((1, 10), 1_000.0), np.array([[20, 50, 100, 300, 600, 900, 900, 900, 900, 900.0]])
     (row,) = report.efficiency_rows(report.all_curves(pd.concat([table(at_once), table(slow, algo="sac")])))
-    assert row == ["Hopper-v5", "mbpo", "816", "at most 1,000", "7,000", "unknown"]
+    assert row == ["Hopper-v5", "mbpo", "816", "at most 1,000", "7,000", "at least 7.0"]
     (row,) = report.efficiency_rows(report.all_curves(pd.concat([table(slow), table(at_once, algo="sac")])))
-    assert row[3:] == ["7,000", "at most 1,000", "unknown"]
+    assert row[3:] == ["7,000", "at most 1,000", "at most 0.1"]
+    (row,) = report.efficiency_rows(report.all_curves(pd.concat([table(at_once), table(at_once, algo="sac")])))
+    assert row[3:] == ["at most 1,000", "at most 1,000", "unknown"]
 
 
 def test_a_seed_that_ends_lifts_no_mean():
