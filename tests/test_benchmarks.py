@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch as th
 from filelock import FileLock
+from rliable import metrics
 from scipy.stats import trim_mean
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -403,7 +404,7 @@ def table(returns, env="Hopper-v5", algo="mbpo", steps=None, **columns):
 def test_curve_is_the_interquartile_mean():
     returns = np.random.default_rng(0).normal(size=(8, 5)).cumsum(axis=1)
     curve = report.curve(report.returns(table(returns), "Hopper-v5", "mbpo"))
-    np.testing.assert_allclose(curve.iqm, trim_mean(returns, 0.25, axis=0))
+    np.testing.assert_allclose(curve.iqm, [metrics.aggregate_iqm(values) for values in returns.T])
     assert curve.steps.tolist() == [1_000, 2_000, 3_000, 4_000, 5_000] and (curve.n_seeds == 8).all()
     assert (curve.low < curve.iqm).all() and (curve.iqm < curve.high).all()
     # Percentiles of means of resampled seeds, by another way
@@ -482,12 +483,22 @@ def test_figure(reference, tmp_path):
 
 def test_the_same_table_makes_the_same_files(tmp_path):
     """So that under version control only what is new differs."""
-    runs = table(np.ones((2, 3)))
-    for name in ("first", "second"):
+    runs = table(np.random.default_rng(0).normal(size=(5, 3)))
+    for seed, name in enumerate(("first", "second")):
+        # Whatever was drawn before
+        np.random.seed(seed)
         files = report.write(runs, tmp_path / name)
     assert [path.name for path in files] == ["curves.png", "curves.svg", "tables.md"]
     for path in files:
         assert path.read_bytes() == (tmp_path / "first" / path.name).read_bytes()
+
+
+def test_the_bootstrap_leaves_the_random_numbers_of_others():
+    np.random.seed(1)
+    expected = np.random.random(3).tolist()
+    np.random.seed(1)
+    report.curve(report.returns(table(np.random.default_rng(0).normal(size=(5, 3))), "Hopper-v5", "mbpo"))
+    assert np.random.random(3).tolist() == expected
 
 
 def test_commit_is_that_of_the_package_in_use(monkeypatch):
