@@ -21,7 +21,7 @@ from sb3_mbpo.diagnostics import (
     value_check,
 )
 from sb3_mbpo.diagnostics.live import gaussian_of
-from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from sb3_mbpo.model_env import ModelEnv
 from tests.agents import make_agent
 from tests.envs import CountingEnv, GoalEnv, PointEnv
@@ -130,7 +130,7 @@ def test_error_and_replay_of_the_right_model(point):
 def test_errors_are_in_units_of_all_real_data(point):
     """As in the log: those of the replay buffer, if there is one."""
     model_env, trajectories = ModelEnv(point, point.env), collect(point, make_vec_env(PointEnv, env_kwargs={"price": 0}), 100)
-    own = Transitions(*map(th.cat, zip(*trajectories, strict=True)))
+    own = concatenate(trajectories)
     for data in (own, Transitions(own.obs * 3, own.actions, own.next_obs, own.rewards * 2, own.terminated)):
         scale = error_by_step(model_env, trajectories, horizon=2).scale
         expected = np.stack([data.rewards.double().std(correction=0), data.obs.double().std(correction=0)])
@@ -240,7 +240,7 @@ def test_policy_shift_on_known_policies():
         with th.no_grad():
             other.actor.mu.bias += bias
     env = make_vec_env(PointEnv, seed=0)
-    data = Transitions(*map(th.cat, zip(*collect(agent, env, 1_500), strict=True)))
+    data = concatenate(collect(agent, env, 1_500))
     before = {name: tensor.clone() for name, tensor in agent.policy.state_dict().items()}
     shift = policy_shift(agent, data, others, env, data_sizes=(20, 1_500), n_steps=200)
     assert shift.data_sizes == [20, 1_500] and shift.error.shape == shift.model_error.shape == (2, 3)
@@ -267,14 +267,14 @@ def test_numbers_of_policy_shift(monkeypatch):
     collect_ = module.collect
 
     def watched(*args):
-        rows.append(Transitions(*map(th.cat, zip(*collect_(*args), strict=True))))
+        rows.append(concatenate(collect_(*args)))
         return [rows[-1]]
 
     monkeypatch.setattr(module, "collect", watched)
     monkeypatch.setattr(module, "Ensemble", lambda *args: known)
     monkeypatch.setattr(module, "fit", lambda *args: None)
     env = make_vec_env(PointEnv, seed=0)
-    data = Transitions(*map(th.cat, zip(*collect(agent, env, 300), strict=True)))
+    data = concatenate(collect(agent, env, 300))
     shift = policy_shift(agent, data, [other], env, data_sizes=(300,), n_steps=200)
 
     def residuals(transitions):

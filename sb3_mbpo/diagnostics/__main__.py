@@ -26,7 +26,7 @@ from sb3_mbpo.diagnostics.policy_shift import PolicyShift, continued, policy_shi
 from sb3_mbpo.diagnostics.terminations import terminations
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.diagnostics.values import value_check
-from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.rollouts import concatenate
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.model_env import ModelEnv
 
@@ -149,7 +149,7 @@ class Measured:
         policies = self.later or continued(self.model_env)
         n_more = max(arguments.data_sizes) - sum(len(trajectory.obs) for trajectory in self.trajectories)
         more = collect(self.agent, self.env, n_more) if n_more > 0 else []
-        data = Transitions(*map(th.cat, zip(*self.trajectories, *more, strict=True)))
+        data = concatenate([*self.trajectories, *more])
         return policy_shift(self.agent, data, policies, self.env, arguments.data_sizes)
 
 

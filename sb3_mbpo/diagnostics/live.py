@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.buffers import normalized, recent_trajectories
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
-from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from sb3_mbpo.spaces import unflatten
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, optimal_rollout_length, policy_shift_from_kl
 
@@ -94,7 +94,7 @@ class LiveDiagnostics:
             N_PARTICLES,
         )
         log_open_loop_error(agent.logger, error)
-        self._log_theory(Transitions(*map(th.cat, zip(*recent, strict=True))))
+        self._log_theory(concatenate(recent))
         return error
 
     def _log_theory(self, recent: Transitions) -> None:

@@ -7,7 +7,7 @@ import torch as th
 
 from sb3_mbpo.buffers import n_transitions, real_transitions
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
-from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 
 if TYPE_CHECKING:
     from sb3_mbpo.model_env import ModelEnv
@@ -68,7 +68,7 @@ def error_by_step(
     assert buffer is not None
     # As in the log, in units of all real data
     has_data = n_transitions(buffer) > 1
-    data = real_transitions(buffer) if has_data else Transitions(*map(th.cat, zip(*trajectories, strict=True)))
+    data = real_transitions(buffer) if has_data else concatenate(trajectories)
     return open_loop_error(
         model_env.open_loop,
         windows(trajectories, horizon, max_windows),

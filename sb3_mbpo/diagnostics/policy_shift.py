@@ -14,7 +14,7 @@ from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.open_loop import spread
-from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from sb3_mbpo.dynamics.training import fit
 from sb3_mbpo.spaces import flat_dim
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, policy_shift_from_kl
@@ -97,7 +97,7 @@ def policy_shift(
     scale = spread(targets[:, 1:], data.obs)
     kl, shift, error, model_error = [], [], [], []
     for policy in [agent, *policies]:
-        new = Transitions(*map(th.cat, zip(*collect(policy, env, n_steps), strict=True)))
+        new = concatenate(collect(policy, env, n_steps))
         distance = _divergence(policy, agent, new.obs)
         kl.append(distance.mean().item())
         shift.append(policy_shift_from_kl(distance))

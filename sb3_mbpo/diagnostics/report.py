@@ -210,7 +210,7 @@ def of_terminations(measured: Terminations) -> tuple[list[Finding], Section]:
         [
             f"Of {len(measured.real):,} transitions {n_real} were terminal."
             + (f" The model ends there with a probability of {foreseen:.0%}." if n_real else "")
-            + f" Of those after which the episode went on it ends {invented:.1f}."
+            + f" Of the others, after which the episode went on, it ends {invented:.1f} on average."
         ],
         "One step of the model from each state of the fresh trajectories, with the recorded action, many times. Timeouts do "
         "not count.",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_mbpo.dynamics.rollouts import Transitions
+from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 
 if TYPE_CHECKING:
     from sb3_mbpo.model_env import ModelEnv
@@ -39,16 +39,17 @@ class Terminations(NamedTuple):
 def terminations(model_env: "ModelEnv", trajectories: Sequence[Transitions], n_samples: int = 20) -> Terminations:
     """
     One step of the model from each real state with the recorded action, many times. A model that does not see where
-    episodes end cannot teach a policy to avoid it.
+    episodes end cannot teach a policy to avoid it. Not in the paper. What the model predicts to be infinite or NaN ends
+    nothing.
 
-    :param model_env: The model, and its termination function
+    :param model_env: The model, and its termination function, known or learned
     :param trajectories: Real ones. The model seems better on those that it was trained on.
-    :param n_samples: Of each transition
+    :param n_samples: Of each transition, at least 1
     :return: What ended really, and under the model
     """
-    obs, actions, real = (th.cat([each[column] for each in trajectories]) for column in (0, 1, 4))
-    model = th.zeros(len(obs), device=obs.device)
+    data = concatenate(trajectories)
+    ended = th.zeros(len(data.obs), device=data.obs.device)
     for _ in range(n_samples):
-        finite, predicted = model_env.step(obs, actions)
-        model[finite] += predicted.terminated.float() / n_samples
-    return Terminations(real.cpu().numpy(), model.cpu().numpy())
+        finite, predicted = model_env.step(data.obs, data.actions)
+        ended[finite] += predicted.terminated.float()
+    return Terminations(data.terminated.cpu().numpy(), (ended / n_samples).cpu().numpy())

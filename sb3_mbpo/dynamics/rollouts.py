@@ -1,6 +1,6 @@
 """Branched rollouts: short trajectories of the current policy under the ensemble, from real states."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -30,6 +30,14 @@ class Transitions(NamedTuple):
     next_obs: th.Tensor
     rewards: th.Tensor
     terminated: th.Tensor
+
+
+def concatenate(parts: Iterable[Transitions]) -> Transitions:
+    """
+    :param parts: At least one: trajectories, or steps of a rollout
+    :return: All rows, in their order
+    """
+    return Transitions(*map(th.cat, zip(*parts, strict=True)))
 
 
 @th.no_grad()
