@@ -193,7 +193,9 @@ def test_rounding_noise_is_no_target(noise):
         fit(ensemble, inputs, targets * th.tensor([1, 1, scale]), max_epochs=15)
         errors.append(ensemble.mse(inputs, targets).mean())
         assert ensemble.target_scale.tolist() == [1, 1, 1]
-    assert errors[1] < 1.01 * errors[0]
+    # The noise is input to nothing, but it takes part in early stopping: 5 % of difference in one of six seeds. As a target
+    # like others it makes the error more than 1,000 times as large.
+    assert errors[1] < 1.5 * errors[0]
     # Nor rewards that are nothing but that
     assert target_scale(th.full((10, 2), 1e-22), th.ones(2)).tolist() == [1, 1]
     assert target_scale(th.full((10, 2), 1e4), th.ones(2)).tolist() == [1e4, 1e4]
