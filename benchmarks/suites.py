@@ -34,6 +34,8 @@ SUITES = {
     # Of minutes
     "pendulums": {
         "InvertedPendulum-v5": Task(10_000, {}),
+        # As in the paper's v2 the reward is 1 at every step; in v5 it is 0 at the fall, which the model has to learn
+        "InvertedPendulum-v4": Task(10_000, {}),
         "Pendulum-v1": Task(10_000, {}),
         "InvertedDoublePendulum-v5": Task(10_000, {}),
     },
