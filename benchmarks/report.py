@@ -226,9 +226,10 @@ def marks_table(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
 def mean_curve(values: pd.DataFrame) -> "pd.Series[float]":
     """
     :param values: Returns by step and seed
-    :return: Mean over all seeds, smoothed, up to where the shortest run is: a seed that ends must not lift the mean
+    :return: Mean over all seeds of the last ``WINDOW`` evaluations (fewer at the beginning), so that what comes later lifts no
+        step before it, and up to where the shortest run is, so that a seed that ends lifts no mean
     """
-    return smoothed(values.dropna()).mean(axis=1)
+    return values.dropna().rolling(WINDOW, min_periods=1).mean().mean(axis=1)
 
 
 def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list[str]]:
@@ -305,9 +306,9 @@ def tables(table: pd.DataFrame) -> str:
             marks_table(curves),
             "## Sample efficiency",
             "",
-            f"Environment steps until the mean over seeds, smoothed in the same way, has come {SHARE:.0%} of the way from the "
-            "lower of both first evaluations to the highest level that both algorithms got to. As far as all seeds were "
-            "trained.",
+            f"Environment steps until the mean over seeds of the last {WINDOW} evaluations (fewer at the beginning) has come "
+            f"{SHARE:.0%} of the way from the lower of both first evaluations to the highest level that both algorithms got "
+            "to. As far as all seeds were trained.",
             "",
             markdown(["task", "algorithm", "return", "its steps", "SAC's steps", "ratio"], list(efficiency_rows(curves))),
             "## Wall-clock",
