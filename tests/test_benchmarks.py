@@ -328,13 +328,13 @@ def fds(process):
 def test_command_line(tmp_path):
     """In the repository, through the zoo's hyperparameters for the task."""
     folders = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
-    common = ["--suite", "pendulums", "--envs", "InvertedPendulum-v5", "--algos", "mbpo", "sac", "--seeds", "0", "1"]
+    common = ["--suite", "pendulums", "--envs", "InvertedPendulum-v5", "--algos", "mbpo", "sac", "--seeds", "0"]
     command = [sys.executable, "-m", "benchmarks", "run", *common, "--steps", "300", "--eval-every", "100", *folders]
     result = subprocess.run([*command, "--jobs", "2"], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "0 of 4 runs are finished" in result.stdout
+    assert "0 of 2 runs are finished" in result.stdout
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert again.stdout == "4 of 4 runs are finished\n"
+    assert again.stdout == "2 of 2 runs are finished\n"
     command = [sys.executable, "-m", "benchmarks", "report", *folders[:2], "--out", tmp_path / "report"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
