@@ -158,7 +158,8 @@ def draw(ax: Axes, env: str, algos: dict[str, pd.DataFrame], reference: Path | N
     ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize="small")
+    # Below the axes: inside there is a curve or a published mean in every corner
+    ax.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
 
 def figure(curves: dict[str, dict[str, pd.DataFrame]], reference: Path | None = None) -> Figure:
@@ -169,7 +170,7 @@ def figure(curves: dict[str, dict[str, pd.DataFrame]], reference: Path | None = 
     """
     n_columns = min(len(curves), 2)
     n_rows = -(-len(curves) // n_columns)
-    result = Figure(figsize=(4.8 * n_columns, 3.4 * n_rows), layout="constrained")
+    result = Figure(figsize=(4.8 * n_columns, 3.8 * n_rows), layout="constrained")
     axes = result.subplots(n_rows, n_columns, squeeze=False).flatten().tolist()
     for ax, (env, algos) in zip(axes, curves.items(), strict=False):
         draw(ax, env, algos, reference)
