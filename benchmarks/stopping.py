@@ -21,6 +21,7 @@ from stable_baselines3.common.save_util import load_from_pkl
 from sb3_mbpo.command_line import at_least
 from sb3_mbpo.compilation import compiled
 from sb3_mbpo.dynamics.ensemble import Ensemble, gaussian_nll
+from sb3_mbpo.dynamics.open_loop import spread
 from sb3_mbpo.dynamics.training import fit, train_step, try_step
 
 # Transitions after those of a training on which it is measured
@@ -143,7 +144,7 @@ def measure(buffer: ReplayBuffer, criterion: Criterion | None, first: int, rows:
         for array in (buffer.observations, buffer.actions, buffer.next_observations, buffer.rewards)
     )
     inputs, targets = th.cat([obs, actions], dim=1), th.cat([rewards, next_obs - obs], dim=1)
-    scale = targets[: rows[0]].std(dim=0)
+    scale = spread(targets[: rows[0]], th.cat([rewards, obs], dim=1)[: rows[0]])
     scale[scale == 0] = 1
     th.manual_seed(seed)
     ensemble = Judged(obs.shape[1], actions.shape[1], criterion, scale)
