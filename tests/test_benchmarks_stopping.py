@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
 
-from benchmarks.stopping import CRITERIA, Judged, errors, main
+from benchmarks.stopping import CRITERIA, N_NEXT, Judged, errors, main, measure
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.training import fit
 from tests.agents import make_agent
@@ -83,6 +85,21 @@ def test_errors_of_a_known_model():
     assert found.inside == pytest.approx(np.mean(np.abs(off) < relative), abs=1e-3)
     nll = np.sum(0.5 * (off / relative) ** 2 + np.log(std.numpy()) + 0.5 * np.log(2 * np.pi), 1)
     assert found.nll == pytest.approx(np.median(nll), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_next_transitions():
+    """Steps are of another size in the transitions before the first, in the next 1,000, and in those after them."""
+    sizes = np.repeat([100.0, 0.0, 5.0, 100.0], [40, 400, N_NEXT, 50])
+    rng = np.random.default_rng(0)
+    space = gymnasium.spaces.Box(-5, 5, (2,))
+    buffer = ReplayBuffer(len(sizes), space, space, device="cpu")
+    for size in sizes:
+        obs = rng.normal(0, 1, 2)
+        buffer.add(obs, obs + size + rng.normal(0, 1, 2), rng.normal(0, 1, 2), rng.normal(size, 1), np.zeros(1), [{}])
+    found = measure(buffer, None, 40, range(400, 401), seed=0, max_epochs=3)
+    # Noise of one standard deviation, about a mean that is off by five
+    assert found.epochs == 3 and found.mean == pytest.approx(np.sqrt(26), rel=0.1)
 
 
 @pytest.mark.parametrize(
