@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from rl_zoo3.utils import StoreDict
+
 from benchmarks import engines, report, suites
 from benchmarks.results import read_all
 from sb3_mbpo.command_line import at_least
@@ -26,6 +28,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--suite", choices=suites.SUITES, default="paper", help="tasks and their numbers of steps")
     train.add_argument("--envs", nargs="+", help="tasks of the suite (default: all)")
     train.add_argument("--algos", nargs="+", default=["mbpo", "sac"], help=f"of RL Zoo, or {', '.join(suites.VARIANTS)}")
+    train.add_argument(
+        "--hyperparams",
+        nargs="+",
+        action=StoreDict,
+        metavar="KEY:VALUE",
+        help="what to change of the zoo's for one algorithm, as of `rl_zoo3.train`; together with --label",
+    )
+    train.add_argument("--label", help="name of the changed algorithm in tables and figures")
     train.add_argument("--seeds", nargs="+", type=int, default=[0])
     train.add_argument("--steps", type=at_least(1), help="environment steps of each run (default: the suite's)")
     train.add_argument("--eval-every", type=at_least(1), default=1_000, help="environment steps between two evaluations")
@@ -54,7 +64,7 @@ def run(args: argparse.Namespace, command_line: argparse.ArgumentParser) -> int:
         runs = suites.runs(
             args.suite,
             args.envs,
-            args.algos,
+            suites.algorithms(args.algos, args.label, args.hyperparams),
             args.seeds,
             args.steps,
             args.eval_every,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ PAPER = {
 }
 # Readable by the colour-blind (Okabe and Ito)
 COLORS = {"mbpo": "#0072B2", "sac": "#D55E00", "sac-g20": "#E69F00", "ppo": "#009E73", "mbpo-auto": "#56B4E9"}
+# Of algorithms with changed hyperparameters
+OTHER_COLORS = ["#CC79A7", "#999999", "#661100", "#332288"]
 SPLIT = ("env", "model", "rollouts", "updates", "compile", "eval")
 
 
@@ -129,16 +132,17 @@ def all_curves(table: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
     }
 
 
-def draw(ax: Axes, env: str, algos: dict[str, pd.DataFrame], reference: Path | None) -> None:
+def draw(ax: Axes, env: str, algos: dict[str, pd.DataFrame], colors: dict[str, str], reference: Path | None) -> None:
     """
     :param ax: Where
     :param env: Task
     :param algos: Returns of each algorithm
+    :param colors: Of each algorithm
     :param reference: Folder with published curves, ``mbpo_paper_<task>.csv`` with env_step, mean, half_width
     """
     for algo, values in algos.items():
         drawn = curve(values)
-        color = COLORS.get(algo, "#CC79A7")
+        color = colors[algo]
         least, most = drawn.n_seeds.min(), drawn.n_seeds.max()
         n_seeds = f"{most}" if least == most else f"{least} to {most}"
         ax.plot(drawn.steps, drawn.iqm, color=color, label=f"{algo}, {n_seeds} seed{'s' if most > 1 else ''}")
@@ -172,8 +176,10 @@ def figure(curves: dict[str, dict[str, pd.DataFrame]], reference: Path | None = 
     n_rows = -(-len(curves) // n_columns)
     result = Figure(figsize=(4.8 * n_columns, 3.8 * n_rows), layout="constrained")
     axes = result.subplots(n_rows, n_columns, squeeze=False).flatten().tolist()
+    others = sorted({algo for algos in curves.values() for algo in algos} - set(COLORS))
+    colors = COLORS | dict(zip(others, cycle(OTHER_COLORS), strict=False))
     for ax, (env, algos) in zip(axes, curves.items(), strict=False):
-        draw(ax, env, algos, reference)
+        draw(ax, env, algos, colors, reference)
     for ax in axes[len(curves) :]:
         ax.set_visible(False)
     return result

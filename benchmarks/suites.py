@@ -1,5 +1,6 @@
 """Which tasks there are, and which algorithms: a name of RL Zoo's, and what differs from its hyperparameters."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,10 +62,37 @@ VARIANTS = {
 }
 
 
+def algorithms(names: list[str], label: str | None, hyperparams: dict[str, Any] | None) -> dict[str, Algorithm]:
+    """
+    :param names: Of RL Zoo's or of ``VARIANTS``
+    :param label: Name in the tables if ``hyperparams`` are given
+    :param hyperparams: Further changes to the hyperparameters of the one algorithm named
+    :return: The algorithms by their names in the tables
+    :raises ValueError: for an algorithm that RL Zoo does not know, and if changes and label do not come together, are for more
+        than one algorithm, or the label is another algorithm's or no part of a file name
+    """
+    from rl_zoo3.utils import ALGOS
+
+    known = sorted({*ALGOS, *VARIANTS})
+    if unknown := set(names) - set(known):
+        raise ValueError(f"`--algos` {', '.join(sorted(unknown))}: not among {', '.join(known)}")
+    found = {name: VARIANTS.get(name, Algorithm(name, {})) for name in names}
+    if label is None and hyperparams is None:
+        return found
+    if label is None or hyperparams is None:
+        raise ValueError("`--hyperparams` and `--label` go together: the label is the name in the tables of what was changed")
+    if len(found) > 1:
+        raise ValueError(f"`--hyperparams` are for one algorithm, `--algos` has {len(found)}: {', '.join(found)}")
+    if label in known or not re.fullmatch(r"[\w.-]+", label):
+        raise ValueError(f"`--label` {label}: must be letters, digits and -_. and none of {', '.join(known)}")
+    (algorithm,) = found.values()
+    return {label: Algorithm(algorithm.zoo, {**algorithm.changes, **hyperparams})}
+
+
 def runs(
     suite: str,
     envs: list[str] | None,
-    algos: list[str],
+    algos: dict[str, Algorithm],
     seeds: list[int],
     steps: int | None,
     eval_every: int,
@@ -75,7 +103,7 @@ def runs(
     """
     :param suite: Name of a suite
     :param envs: Tasks of it. None: all
-    :param algos: Algorithms: names of RL Zoo's or of ``VARIANTS``
+    :param algos: Algorithms by their names in the tables
     :param seeds: Of each task and algorithm
     :param steps: Environment steps of each run. None: the suite's
     :param eval_every: Environment steps between two evaluations
@@ -83,25 +111,20 @@ def runs(
     :param folder: For checkpoints and logs
     :param results: For the tables of evaluations
     :return: All combinations, the seeds in the outermost loop: all curves begin before one has many seeds
-    :raises ValueError: for a task that is not in the suite, or an algorithm that RL Zoo does not know
+    :raises ValueError: for a task that is not in the suite
     """
-    from rl_zoo3.utils import ALGOS
-
     tasks = SUITES[suite]
     if unknown := set(envs or ()) - set(tasks):
         raise ValueError(f"`--envs` {', '.join(sorted(unknown))}: not in the suite '{suite}', which has {', '.join(tasks)}")
-    if unknown := set(algos) - set(VARIANTS) - set(ALGOS):
-        known = ", ".join(sorted({*ALGOS, *VARIANTS}))
-        raise ValueError(f"`--algos` {', '.join(sorted(unknown))}: not among {known}")
     commit = machine.commit()
     return [
         Run(
             env=env,
-            algo=algo,
+            algo=name,
             seed=seed,
             steps=steps or tasks[env].steps,
-            zoo_algo=VARIANTS.get(algo, Algorithm(algo, {})).zoo,
-            changes=VARIANTS.get(algo, Algorithm(algo, {})).changes,
+            zoo_algo=algo.zoo,
+            changes=algo.changes,
             env_kwargs=tasks[env].env_kwargs,
             eval_every=eval_every,
             threads=threads,
@@ -111,5 +134,5 @@ def runs(
         )
         for seed in dict.fromkeys(seeds)
         for env in envs or tasks
-        for algo in algos
+        for name, algo in algos.items()
     ]

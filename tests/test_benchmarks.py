@@ -346,6 +346,14 @@ def test_command_line(tmp_path):
     [
         (["run", "--envs", "Nonsense-v0"], "Nonsense-v0: not in the suite 'paper', which has InvertedPendulum-v5"),
         (["run", "--algos", "nonsense"], "nonsense: not among .*mbpo"),
+        (["run", "--algos", "mbpo", "--hyperparams", "tau:0.01"], "`--hyperparams` and `--label` go together"),
+        (["run", "--algos", "mbpo", "--label", "other"], "`--hyperparams` and `--label` go together"),
+        (["run", "--hyperparams", "tau:0.01", "--label", "other"], "for one algorithm, `--algos` has 2: mbpo, sac"),
+        (
+            ["run", "--algos", "mbpo", "--hyperparams", "tau:0.01", "--label", "sac"],
+            "`--label` sac: must be .* none of .*sac-g20",
+        ),
+        (["run", "--algos", "mbpo", "--hyperparams", "tau:0.01", "--label", "../k"], "`--label` ../k: must be letters"),
         (["run", "--steps", "0"], "argument --steps: must be 1 or more, not 0"),
         (["report", "--results", "nowhere"], "There is no CSV in nowhere"),
         (["report", "--reference", "nowhere"], "There is no folder nowhere"),
@@ -359,7 +367,8 @@ def test_errors_of_the_command_line(arguments, message, monkeypatch, capsys):
 
 
 def test_runs_of_a_suite(tmp_path):
-    runs = suites.runs("paper", ["Ant-v5", "Hopper-v5"], ["sac-g20", "mbpo"], [0, 1], None, 1_000, 1, tmp_path, tmp_path)
+    algos = suites.algorithms(["sac-g20", "mbpo"], None, None)
+    runs = suites.runs("paper", ["Ant-v5", "Hopper-v5"], algos, [0, 1], None, 1_000, 1, tmp_path, tmp_path)
     assert [(run.seed, run.env, run.algo) for run in runs[:4]] == [
         (0, "Ant-v5", "sac-g20"),
         (0, "Ant-v5", "mbpo"),
@@ -368,9 +377,17 @@ def test_runs_of_a_suite(tmp_path):
     ]
     assert len(runs) == 8 and runs[0].zoo_algo == runs[1].zoo_algo == "mbpo"
     assert runs[0].changes == {"real_ratio": 1.0, "gradient_steps": 20} and runs[1].changes == {}
-    (auto,) = suites.runs("paper", ["Hopper-v5"], ["mbpo-auto"], [0, 0], None, 1_000, 1, tmp_path, tmp_path)
+    algos = suites.algorithms(["mbpo-auto"], None, None)
+    (auto,) = suites.runs("paper", ["Hopper-v5"], algos, [0, 0], None, 1_000, 1, tmp_path, tmp_path)
     assert auto.changes == {"rollout_schedule": "auto"}
     assert runs[0].env_kwargs == {"include_cfrc_ext_in_observation": False} and runs[2].steps == 125_000
+
+
+def test_changed_hyperparameters_have_a_name_of_their_own():
+    changed = suites.algorithms(["sac-g20"], "sac-g10", {"gradient_steps": 10})
+    assert changed == {"sac-g10": suites.Algorithm("mbpo", {"real_ratio": 1.0, "gradient_steps": 10})}
+    # What everyone has by name is as it was
+    assert suites.algorithms(["sac-g20"], None, None)["sac-g20"].changes["gradient_steps"] == 20
 
 
 def test_environments_of_suites_are_those_of_the_hyperparameters():

@@ -107,6 +107,14 @@ def test_figure(reference, tmp_path):
     assert [text.get_text() for text in pendulum.get_legend().get_texts()] == ["sac, 1 seed"]
 
 
+def test_a_changed_algorithm_has_its_colour_in_all_tasks():
+    ones = np.ones((1, 3))
+    places = [("Ant-v5", "mbpo"), ("Ant-v5", "mbpo-g5"), ("Hopper-v5", "mbpo-g10"), ("Hopper-v5", "mbpo-g5")]
+    figure = report.figure(report.all_curves(pd.concat([table(ones, env=env, algo=algo) for env, algo in places])))
+    colors = [[line.get_color() for line in ax.get_lines()[:2]] for ax in figure.axes]
+    assert colors[0][1] == colors[1][1] and len({*colors[0], *colors[1]}) == 3
+
+
 def test_the_same_table_makes_the_same_files(tmp_path):
     """So that under version control only what is new differs."""
     runs = table(np.random.default_rng(0).normal(size=(5, 3)))

@@ -40,7 +40,7 @@ from stable_baselines3 import SAC
 
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.__main__ import parser as benchmarks_parser
-from benchmarks.suites import runs
+from benchmarks.suites import algorithms, runs
 from sb3_mbpo import MBPO
 from sb3_mbpo.diagnostics.__main__ import main as diagnostics
 from sb3_mbpo.zoo.registration import register
@@ -263,7 +263,8 @@ def check_options(script: str, words: list[str]) -> None:
 def check_runs(options: list[str]) -> None:
     """That a benchmark has these runs."""
     args = benchmarks_parser().parse_args(["run", *options])
-    assert runs(args.suite, args.envs, args.algos, args.seeds, args.steps, args.eval_every, 1, args.runs, args.results)
+    algos = algorithms(args.algos, args.label, args.hyperparams)
+    assert runs(args.suite, args.envs, algos, args.seeds, args.steps, args.eval_every, 1, args.runs, args.results)
 
 
 def check_targets(targets: list[str]) -> None:
