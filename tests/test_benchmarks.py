@@ -254,6 +254,7 @@ def test_killed_and_started_again(tmp_path):
     check_as_undisturbed(tmp_path, first, second)
 
 
+@pytest.mark.slow
 def test_killed_with_two_runs_at_once(tmp_path):
     """Their processes end with the command: the same one again must not find its runs in use."""
     runs = [make_run(tmp_path, seed=seed) for seed in (0, 1)]
