@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rl_zoo3.utils import StoreDict
 
@@ -12,6 +13,25 @@ from benchmarks.results import read_all
 from sb3_mbpo.command_line import at_least
 
 RESULTS = Path(__file__).parent / "results"
+
+
+class Hyperparams(StoreDict):
+    """RL Zoo's, with an error of the command line where its evaluation ends in one of Python."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """:raises argparse.ArgumentError: for what is no ``KEY:VALUE`` with a Python value"""
+        try:
+            super().__call__(parser, namespace, values, option_string)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            example = "tau:0.01 or \"rollout_schedule:'auto'\""
+            message = f"{' '.join(values)}: must be KEY:VALUE with values in Python, such as {example} ({error})"
+            raise argparse.ArgumentError(self, message) from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--hyperparams",
         nargs="+",
-        action=StoreDict,
+        action=Hyperparams,
         metavar="KEY:VALUE",
         help="what to change of the zoo's for one algorithm, as of `rl_zoo3.train`; together with --label",
     )

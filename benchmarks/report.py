@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rliable import library  # type: ignore[import-untyped]
 from scipy.stats import trim_mean  # type: ignore[import-untyped]
 
-# Evaluations of one episode are noisy: values in tables are means of so many, half of them before and half after
+# Evaluations of one episode are noisy: values in tables are means of so many
 WINDOW = 5
 BOOTSTRAPS = 2_000
 # Of the way from the first evaluation to the best, at which sample efficiency is compared

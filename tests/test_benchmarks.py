@@ -348,6 +348,8 @@ def test_command_line(tmp_path):
         (["run", "--envs", "Nonsense-v0"], "Nonsense-v0: not in the suite 'paper', which has InvertedPendulum-v5"),
         (["run", "--algos", "nonsense"], "nonsense: not among .*mbpo"),
         (["run", "--algos", "mbpo", "--hyperparams", "tau:0.01"], "`--hyperparams` and `--label` go together"),
+        (["run", "--hyperparams", "tau=0.01"], "--hyperparams: tau=0.01: must be KEY:VALUE with values in Python"),
+        (["run", "--hyperparams", "rollout_schedule:auto"], "such as .*'auto'.*name 'auto' is not defined"),
         (["run", "--algos", "mbpo", "--label", "other"], "`--hyperparams` and `--label` go together"),
         (["run", "--hyperparams", "tau:0.01", "--label", "other"], "for one algorithm, `--algos` has 2: mbpo, sac"),
         (
