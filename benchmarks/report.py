@@ -286,6 +286,24 @@ def seconds_table(table: pd.DataFrame) -> str:
     return markdown(header, rows)
 
 
+def runs_table(table: pd.DataFrame) -> str:
+    """
+    :param table: Of evaluations
+    :return: Where each run ended, and the best that it had been
+    """
+    rows = []
+    for (env, algo, seed), run in table.sort_values("step").groupby(["env", "algo", "seed"]):
+        level = run["return"].rolling(WINDOW, min_periods=1).mean()
+        last = run.iloc[-1]
+        end = f"{last['return']:,.0f}" + (f" ± {last['return_std']:,.0f}" if last["episodes"] > 1 else "")
+        # The first of the best, if there are more
+        best = f"{level.max():,.0f} at {in_thousands(run['step'].iloc[int(level.to_numpy().argmax())])}"
+        cells = (in_thousands(last["step"]), f"{level.iloc[-1]:,.0f}", best, end, f"{last['episodes']:.0f}")
+        rows.append([str(env), str(algo), str(seed), *cells])
+    header = ["task", "algorithm", "seed", "steps", f"last {WINDOW}", f"best {WINDOW}", "at the end", "episodes"]
+    return markdown(header, rows)
+
+
 def versions_table(table: pd.DataFrame) -> str:
     """
     :param table: Of evaluations
@@ -311,6 +329,12 @@ def tables(table: pd.DataFrame) -> str:
             "the highest.",
             "",
             marks_table(curves),
+            "## Each run",
+            "",
+            f"Means of the last {WINDOW} evaluations and of the best {WINDOW} in a row (fewer at the beginning), so that one "
+            "sees whether a policy was lost again; and the last evaluation, with the standard deviation of its episodes.",
+            "",
+            runs_table(table),
             "## Sample efficiency",
             "",
             f"Environment steps until the mean over seeds of the last {WINDOW} evaluations (fewer at the beginning) has come "

@@ -65,6 +65,19 @@ def test_tables():
     assert "| Hopper-v5 | sac | 1 | 60,000 | 0.03 | 2 | 1% |  |  |  |  | 2% | 1 |" in text
 
 
+def test_each_run():
+    """One that was good and is lost, with ten episodes at its end; one that was killed before its end."""
+    lost, killed = (
+        table([[0.0, 100, 200, 300, 400, 1_000, 50, 40, 30, 20]], episodes=1),
+        table([[7.0, 8]], algo="sac", episodes=1),
+    )
+    lost.loc[9, ["episodes", "return_std"]] = [10, 3.0]
+    header, _, first, second = report.runs_table(pd.concat([lost, killed]).sample(frac=1, random_state=0)).splitlines()
+    assert header == "| task | algorithm | seed | steps | last 5 | best 5 | at the end | episodes |"
+    assert first == "| Hopper-v5 | mbpo | 0 | 10k | 228 | 400 at 6k | 20 ± 3 | 10 |"
+    assert second == "| Hopper-v5 | sac | 0 | 2k | 8 | 8 at 2k | 8 | 1 |"
+
+
 def test_who_is_there_at_once():
     """How much earlier, nobody knows; and one that is never as good sets the level."""
     at_once, slow = np.full((1, 10), 1_000.0), np.array([[20, 50, 100, 300, 600, 900, 900, 900, 900, 900.0]])
