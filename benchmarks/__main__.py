@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, command_line: argparse.ArgumentParser) -> int:
     except ValueError as error:
         command_line.error(str(error))
     missing = [run for run in runs if not run.is_finished]
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished in {args.results}", flush=True)
     results = engines.local(missing, args.jobs) if args.engine == "local" else engines.ray(missing, args.address)
     failures = {run.name: reason for run, reason in zip(missing, results, strict=True) if reason is not None}
     for name, reason in failures.items():

@@ -19,8 +19,10 @@ WINDOW = 5
 BOOTSTRAPS = 2_000
 # Of the way from the first evaluation to the best, at which sample efficiency is compared
 SHARE = 0.9
-# Of environment steps, for which the paper's means can be quoted: its Figure 2, read from the authors' data
-MARKS = (10_000, 20_000, 50_000, 75_000, 100_000)
+# Environment steps of the columns
+MARKS = (5_000, 10_000, 20_000, 30_000, 40_000, 50_000, 75_000, 100_000)
+# The paper's means at these: its Figure 2, read from the authors' data
+PAPER_MARKS = (10_000, 20_000, 50_000, 75_000, 100_000)
 PAPER = {
     "Hopper-v5": (329, 530, 1702, 3034, 3315),
     "Walker2d-v5": (214, 418, 836, 1953, 3476),
@@ -57,6 +59,8 @@ class Curve(NamedTuple):
         :param step: Environment steps
         :return: Index of the nearest evaluation, None if it is further than 3 % away
         """
+        if not len(self.steps):
+            return None
         nearest = int(np.abs(self.steps - step).argmin())
         return nearest if abs(self.steps[nearest] - step) <= 0.03 * step else None
 
@@ -84,9 +88,17 @@ def returns(table: pd.DataFrame, env: str, algo: str) -> pd.DataFrame:
 def smoothed(values: pd.DataFrame) -> pd.DataFrame:
     """
     :param values: Of :func:`returns`
-    :return: Means of ``WINDOW`` evaluations of each seed, in the midst of them; of fewer at the beginning and the end
+    :return: Means of ``WINDOW`` evaluations of each seed, in the midst of them, where there are so many
     """
-    return values.rolling(WINDOW, min_periods=1, center=True).mean().where(values.notna())
+    return values.rolling(WINDOW, center=True).mean().dropna(how="all")
+
+
+def last_means(values: pd.DataFrame) -> pd.DataFrame:
+    """
+    :param values: Of :func:`returns`
+    :return: Means of the last ``WINDOW`` evaluations of each seed up to a step; of fewer at the beginning
+    """
+    return values.rolling(WINDOW, min_periods=1).mean().where(values.notna())
 
 
 @contextmanager
@@ -103,8 +115,10 @@ def same_random_numbers() -> Iterator[None]:
 def curve(values: pd.DataFrame) -> Curve:
     """
     :param values: By step and seed; seeds may have been trained for different times
-    :return: The curve, each step over the seeds that got there
+    :return: The curve, each step over the seeds that got there; empty if there is no step
     """
+    if values.empty:
+        return Curve(*[np.empty(0)] * 5)
     # Steps with the same seeds at once
     group = (values.notna() != values.notna().shift()).any(axis=1).cumsum()
     pieces = []
@@ -156,7 +170,7 @@ def draw(ax: Axes, env: str, algos: dict[str, pd.DataFrame], colors: dict[str, s
         ax.plot(published["env_step"], mean, color="black", linestyle="--", label="paper, 5 seeds (mean)")
         ax.fill_between(published["env_step"], mean - width, mean + width, color="black", alpha=0.1, linewidth=0)
     elif env in PAPER:
-        marks = [(step, value) for step, value in zip(MARKS, PAPER[env], strict=True) if step <= last]
+        marks = [(step, value) for step, value in zip(PAPER_MARKS, PAPER[env], strict=True) if step <= last]
         ax.plot([step for step, _ in marks], [value for _, value in marks], "kD", markersize=5, label="paper's mean")
     ax.set(title=env, xlabel="environment steps", ylabel="return")
     ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
@@ -203,6 +217,20 @@ def in_thousands(step: int) -> str:
     return f"{step / 1000:g}k"
 
 
+def cell(drawn: Curve, step: int, n_seeds: int) -> str:
+    """
+    :param drawn: Of an algorithm
+    :param step: Environment steps
+    :param n_seeds: Of the algorithm
+    :return: Interquartile mean there, with its interval and how many seeds got there; empty if none did
+    """
+    i = drawn.at(step)
+    if i is None:
+        return ""
+    interval = f" [{drawn.low[i]:,.0f}, {drawn.high[i]:,.0f}]" if drawn.n_seeds[i] > 1 else ""
+    return f"{drawn.iqm[i]:,.0f}{interval}" + (f" ({drawn.n_seeds[i]} of {n_seeds})" if drawn.n_seeds[i] < n_seeds else "")
+
+
 def marks_table(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
     """
     :param curves: Of :func:`all_curves`
@@ -211,22 +239,13 @@ def marks_table(curves: dict[str, dict[str, pd.DataFrame]]) -> str:
     rows = []
     for env, algos in curves.items():
         for algo, values in algos.items():
-            drawn = curve(smoothed(values))
-            cells = []
-            for mark in (*MARKS, int(drawn.steps[-1])):
-                i = drawn.at(mark)
-                n_seeds = 0 if i is None else drawn.n_seeds[i]
-                cells.append(
-                    ""
-                    if i is None
-                    else f"{drawn.iqm[i]:,.0f}"
-                    + (f" [{drawn.low[i]:,.0f}, {drawn.high[i]:,.0f}]" if n_seeds > 1 else "")
-                    + (f" ({n_seeds} of {values.shape[1]})" if n_seeds < values.shape[1] else "")
-                )
-            cells[-1] = f"{cells[-1]} at {in_thousands(int(drawn.steps[-1]))}"
-            rows.append([env, algo, str(values.shape[1]), *cells])
+            last, n_seeds = int(values.index[-1]), values.shape[1]
+            around, end = curve(smoothed(values)), curve(last_means(values).loc[[last]])
+            cells = [cell(around, mark, n_seeds) for mark in MARKS]
+            rows.append([env, algo, str(n_seeds), *cells, f"{cell(end, last, n_seeds)} at {in_thousands(last)}"])
         if env in PAPER:
-            rows.append([env, "*paper's mean*", "5", *(f"*{value:,}*" for value in PAPER[env]), ""])
+            paper = dict(zip(PAPER_MARKS, PAPER[env], strict=True))
+            rows.append([env, "*paper's mean*", "5", *(f"*{paper[mark]:,}*" if mark in paper else "" for mark in MARKS), ""])
     return markdown(["task", "algorithm", "seeds", *(in_thousands(mark) for mark in MARKS), "end"], rows)
 
 
@@ -236,7 +255,7 @@ def mean_curve(values: pd.DataFrame) -> "pd.Series[float]":
     :return: Mean over all seeds of the last ``WINDOW`` evaluations (fewer at the beginning), so that what comes later lifts no
         step before it, and up to where the shortest run is, so that a seed that ends lifts no mean
     """
-    return values.dropna().rolling(WINDOW, min_periods=1).mean().mean(axis=1)
+    return last_means(values.dropna()).mean(axis=1)
 
 
 def efficiency_rows(curves: dict[str, dict[str, pd.DataFrame]]) -> Iterator[list[str]]:
@@ -324,9 +343,9 @@ def tables(table: pd.DataFrame) -> str:
         [
             "## Return",
             "",
-            f"Interquartile mean over seeds of the mean of {WINDOW} evaluations around the step (of the last 3 at the end), "
-            "with 95 % bootstrap intervals. Of two or three seeds it is the mean, and the interval goes from the lowest to "
-            "the highest.",
+            f"Interquartile mean over seeds of the mean of {WINDOW} evaluations: those around the step, and the last at the "
+            "end. With 95 % bootstrap intervals; of two or three seeds it is the mean, and the interval goes from the lowest "
+            "to the highest.",
             "",
             marks_table(curves),
             "## Each run",
@@ -339,7 +358,7 @@ def tables(table: pd.DataFrame) -> str:
             "",
             f"Environment steps until the mean over seeds of the last {WINDOW} evaluations (fewer at the beginning) has come "
             f"{SHARE:.0%} of the way from the lower of both first evaluations to the highest level that both algorithms got "
-            "to. As far as all seeds were trained.",
+            "to. As far as all seeds were trained. Where SAC has learned little, the level is low, and the ratio says little.",
             "",
             markdown(["task", "algorithm", "return", "its steps", "SAC's steps", "ratio"], list(efficiency_rows(curves))),
             "## Wall-clock",

@@ -227,7 +227,7 @@ def rows_before(run: Run, checkpoint: Path | None) -> list[Row]:
     if len(rows) > 1:
         raise ValueError(
             f"{run.table} has evaluations up to step {rows[-1]['step']:,}, but there is no checkpoint in "
-            f"{run.folder / run.name} to go on from: say where it is (`--runs`), or delete the file to begin again"
+            f"{run.folder / run.name} to go on from: say where it is (`--runs`), or begin again with other `--results`"
         )
     return []
 

@@ -333,9 +333,9 @@ def test_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "run", *common, "--steps", "300", "--eval-every", "100", *folders]
     result = subprocess.run([*command, "--jobs", "2"], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "0 of 2 runs are finished" in result.stdout
+    assert f"0 of 2 runs are finished in {tmp_path}" in result.stdout
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert again.stdout == "2 of 2 runs are finished\n"
+    assert again.stdout == f"2 of 2 runs are finished in {tmp_path / 'results'}\n"
     command = [sys.executable, "-m", "benchmarks", "report", *folders[:2], "--out", tmp_path / "report"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

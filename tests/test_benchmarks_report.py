@@ -54,12 +54,13 @@ def test_tables():
     curves = report.all_curves(both)
     assert list(curves["Hopper-v5"]) == ["mbpo", "sac"]
     text = report.tables(both)
-    # The mean of 800 ... 1,200 and 10 more in another seed; at the end that of three
+    # The mean of 800 ... 1,200 and 10 more in another seed; at the end that of the last five
     assert (
-        "| Hopper-v5 | mbpo | 2 | 1,005 [1,000, 1,010] | 1,905 [1,900, 1,910] |  |  |  | 1,905 [1,900, 1,910] at 20k |" in text
+        "| Hopper-v5 | mbpo | 2 | 505 [500, 510] | 1,005 [1,000, 1,010] |  |  |  |  |  |  | 1,805 [1,800, 1,810] at 20k |"
+        in text
     )
-    assert "| Hopper-v5 | sac | 1 | 250 | 500 | 1,250 |  |  | 1,475 at 60k |" in text
-    assert "| Hopper-v5 | *paper's mean* | 5 | *329* | *530* | *1,702* |" in text
+    assert "| Hopper-v5 | sac | 1 | 125 | 250 | 500 | 750 | 1,000 | 1,250 |  |  | 1,450 at 60k |" in text
+    assert "| Hopper-v5 | *paper's mean* | 5 |  | *329* | *530* |  |  | *1,702* | *3,034* | *3,315* |  |" in text
     # Of the last five, from 25, SAC's first, nine tenths of the way to 1,450, its best. MBPO is at 1,305 after 15,000.
     assert "| Hopper-v5 | mbpo | 1,308 | 16,000 | 55,000 | 3.4 |" in text
     assert "| Hopper-v5 | sac | 1 | 60,000 | 0.03 | 2 | 1% |  |  |  |  | 2% | 1 |" in text
@@ -95,7 +96,13 @@ def test_a_seed_that_ends_lifts_no_mean():
     curves = report.all_curves(pd.concat([table([good, bad]), table([good], algo="sac")]))
     mean = report.mean_curve(curves["Hopper-v5"]["mbpo"])
     assert mean.index[-1] == 8_000 and mean.iloc[3] == 125
-    assert "| Hopper-v5 | mbpo | 2 | 1,000 (1 of 2) | 1,900 (1 of 2) |" in report.marks_table(curves)
+    assert "| Hopper-v5 | mbpo | 2 | 250 [0, 500] | 1,000 (1 of 2) |  |" in report.marks_table(curves)
+    assert "| 1,800 (1 of 2) at 20k |" in report.marks_table(curves)
+
+
+def test_a_run_that_has_just_begun():
+    """Fewer evaluations than are averaged."""
+    assert "| Hopper-v5 | mbpo | 1 |  |  |  |  |  |  |  |  | 15 at 2k |" in report.tables(table([[10.0, 20]], episodes=1))
 
 
 @pytest.mark.parametrize("reference", [False, True])
