@@ -98,6 +98,8 @@ def test_a_seed_that_ends_lifts_no_mean():
     assert mean.index[-1] == 8_000 and mean.iloc[3] == 125
     assert "| Hopper-v5 | mbpo | 2 | 250 [0, 500] | 1,000 (1 of 2) |  |" in report.marks_table(curves)
     assert "| 1,800 (1 of 2) at 20k |" in report.marks_table(curves)
+    almost = np.concatenate([np.zeros(18), np.full(2, np.nan)])
+    assert "| 1,800 (1 of 2) at 20k |" in report.marks_table(report.all_curves(table([good, almost])))
 
 
 def test_a_run_that_has_just_begun():
