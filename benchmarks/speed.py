@@ -158,7 +158,7 @@ def made_ready(task: str, **kwargs: Any) -> MBPO:
     """
     # One epoch: the model need not be good here
     agent = MBPO(
-        "MlpPolicy", make_env(task), seed=0, gradient_steps=1, compile=True, model_max_epochs=1, device="cpu", **kwargs
+        "MlpPolicy", make_env(task), seed=0, gradient_steps=1, compile=True, model_gradient_steps=0.01, device="cpu", **kwargs
     )
     agent.learn(agent.learning_starts + 1)
     return agent
@@ -292,7 +292,7 @@ def memory(plan: str) -> list[Result]:
     ensemble = Ensemble(obs_dim, action_dim, [400] * 4 if plan.startswith("Humanoid") else [200] * 4, 7, 5, 1e-3)
     inputs = th.cat([transitions.obs, transitions.actions], dim=1)
     targets = th.cat([transitions.rewards[:, None], transitions.next_obs - transitions.obs], dim=1)
-    fit(ensemble, inputs, targets, max_epochs=1)
+    fit(ensemble, inputs, targets, n_steps=100)
     section = "memory, all buffers full"
     return [
         Result(section, f"{plan}: model buffer", "GB", [generated.n_bytes / 1e9]),
@@ -345,7 +345,7 @@ def growth(rounds: int) -> Iterator[Result]:
             buffer_size=real,
             batch_size=batch_size,
             gradient_steps=1,
-            model_max_epochs=1,
+            model_gradient_steps=0.01,
             rollout_batch_size=10_000,
             compile=True,
             device="cpu",

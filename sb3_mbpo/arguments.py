@@ -32,15 +32,14 @@ def check_arguments(agent: "MBPO") -> None:
     for name, allowed in (
         ("model_learning_rate", "a finite number above 0"),
         ("real_ratio", "a number from 0 (no real transitions in a batch) to 1 (no model)"),
+        ("model_gradient_steps", "a finite number above 0, or None (the paper's rule: until no network improves)"),
     ):
         value = getattr(agent, name)
+        if name == "model_gradient_steps" and value is None:
+            continue
         is_valid = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if not is_valid or not (0 <= value <= 1 if name == "real_ratio" else 0 < value < np.inf):
             raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
-    if agent.model_max_epochs is not None and (not is_whole_number(agent.model_max_epochs) or agent.model_max_epochs < 1):
-        raise ValueError(
-            f"`model_max_epochs` must be a whole number, 1 or more, or None (no limit), not {agent.model_max_epochs!r}"
-        )
     if not isinstance(agent.compile, bool) and agent.compile != "auto":
         raise ValueError(f"`compile` must be True, False or 'auto', not {agent.compile!r}")
     if not is_whole_number(agent.value_expansion_horizon) or agent.value_expansion_horizon < 0:

@@ -65,7 +65,8 @@ def real_transitions(
     :param replay_buffer: SB3's replay buffer or any subclass of it
     :param device: Where to put the tensors
     :param rows: Which rows (of ``n_envs`` transitions), all if None
-    :return: Float32 tensors, observations flattened
+    :return: Float32 tensors, observations flattened and in the buffer's own precision if that is higher: the model learns
+        their differences
     """
     rows = np.arange(replay_buffer.size()) if rows is None else rows
     successors: Any
@@ -81,7 +82,8 @@ def real_transitions(
     terminated = replay_buffer.dones[rows] * (1 - replay_buffer.timeouts[rows]) > 0
 
     def tensor(array: Any) -> th.Tensor:
-        return th.as_tensor(flatten(array, batch_dims=2)[valid], dtype=th.float32, device=device)
+        rows = flatten(array, batch_dims=2)[valid]
+        return th.as_tensor(rows.astype(np.float32 if rows.itemsize <= 4 else np.float64), device=device)
 
     return Transitions(
         obs=tensor(map_arrays(lambda array: array[rows], replay_buffer.observations)),

@@ -24,12 +24,13 @@ from sb3_mbpo.buffers import (
 from sb3_mbpo.compilation import compiled
 from sb3_mbpo.diagnostics.live import LOGGED_STEPS, LiveDiagnostics
 from sb3_mbpo.dynamics.rollouts import Transitions
-from sb3_mbpo.dynamics.training import fit, train_step
+from sb3_mbpo.dynamics.training import FitResult, budget, fit, train_step
+from sb3_mbpo.dynamics.units import lost_in_float32
 from sb3_mbpo.dynamics.user_functions import describe_row
 from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.model_env import ModelEnv
 from sb3_mbpo.schedules import AUTO_MAX, auto_rollout_length
-from sb3_mbpo.spaces import arrays
+from sb3_mbpo.spaces import arrays, dim_names
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 # Share of the real transitions, and of those that end an episode, on which a known function may disagree without a warning
 MAX_MISMATCH = 0.01
 MAX_TERMINAL_MISMATCH = 0.1
+# Held-out transitions on which the model must have been measured for a warning
+MIN_MEASURED = 50
 # Relative to the reward and to the spread of all rewards
 REWARD_TOLERANCE = 0.01
 
@@ -182,6 +185,10 @@ class DynamicsCallback(BaseCallback):
         obs, actions, next_obs, rewards, _ = self._with_goals(transitions)
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
+        n_steps = None
+        if agent.model_gradient_steps is not None:
+            n_new = agent.lifetime_timesteps - agent.last_model_training
+            n_steps = budget(agent.model_gradient_steps, n_new, is_first=not agent.dynamics.is_fitted)
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
             try:
@@ -189,28 +196,73 @@ class DynamicsCallback(BaseCallback):
                     agent.dynamics,
                     th.cat([obs, actions], dim=1),
                     th.cat([rewards[:, None], next_obs - obs], dim=1),
-                    max_epochs=agent.model_max_epochs,
+                    n_steps,
                     compiled_step=compiled(train_step, agent.device.type) if agent.is_compiled["model"] else None,
                 )
             except DivergenceError:
                 agent.log_divergence("model")
                 raise
+            self._warn_of_rounding(obs, next_obs)
             # On the goals that were pursued: whether an episode ended may be about them
             if self.model_env.termination_fn is None:
                 agent.termination_classifier.fit(transitions.next_obs, transitions.terminated)
             self._compare_with_environment(transitions)
             self.live.after_training(transitions)
         seconds = agent.seconds["model"] - seconds
+        quality = self._quality(result)
         if self.verbose >= 1:
             # The log keeps only the last one before it is written
             print(
-                f"Model training at step {agent.lifetime_timesteps:,} on {len(obs):,} transitions: {result.epochs} epochs, "
-                f"{seconds:.1f} s, holdout MSE {result.holdout_mse:.4g}"
+                f"Model training at step {agent.lifetime_timesteps:,} on {len(obs):,} transitions: "
+                f"{result.gradient_steps:,} gradient steps, {seconds:.1f} s, {quality}"
             )
         self.logger.record("model/train_loss", result.train_loss)
-        self.logger.record("model/holdout_mse", result.holdout_mse)
-        self.logger.record("model/epochs", result.epochs)
+        self.logger.record("model/gradient_steps", result.gradient_steps)
         self.logger.record("model/training_seconds", seconds)
+
+    def _quality(self, result: FitResult) -> str:
+        """How good the model is on held-out transitions, in the log and as a text; a warning if it is no good."""
+        agent, (reward, changes) = self.model, result.r2.split([1, len(result.r2) - 1])
+        parts, is_poor = [], False
+        # Constant dimensions are known exactly
+        if not changes.isnan().all():
+            median, worst = changes.nanmedian().item(), int(changes.nan_to_num(nan=th.inf).argmin())
+            name = dim_names(agent.observation_space)[worst]
+            self.logger.record("model/r2", median)
+            self.logger.record("model/r2_worst", changes[worst].item())
+            parts.append(f"of the changes {median:.2f} (worst: {name} {changes[worst].item():.2f})")
+            is_poor = median <= 0
+        if not reward.isnan() and self.model_env.reward is None:
+            self.logger.record("model/reward_r2", reward.item())
+            parts.append(f"of the reward {reward.item():.2f}")
+            is_poor = is_poor or reward.item() <= 0
+        quality = f"R2 {', '.join(parts)}" if parts else "nothing varies"
+        if is_poor and result.n_measured >= MIN_MEASURED:
+            self._warn_once(
+                "r2",
+                f"The model is no better than a constant: on {result.n_measured:,} transitions that it was not trained on, "
+                f"{quality} (1 is perfect, 0 a constant). Rollouts in it teach nothing. Does the observation have all "
+                "that decides on what comes next (velocities; `gymnasium.wrappers.FrameStackObservation` if not)? Otherwise "
+                "try more `learning_starts` or `model_gradient_steps`, and do without the model (`real_ratio=1`) if that does "
+                "not help.",
+            )
+        return quality
+
+    def _warn_of_rounding(self, obs: th.Tensor, next_obs: th.Tensor) -> None:
+        """Policies and model rollouts are in float32."""
+        lost = lost_in_float32(obs, next_obs).nonzero().squeeze(1).tolist()
+        if lost:
+            dim = lost[0]
+            size = (next_obs - obs)[:, dim].double().square().mean().sqrt().item()
+            self._warn_once(
+                "rounding",
+                f"{dim_names(self.model.observation_space)[dim]}"
+                f"{f' and {len(lost) - 1} more dimensions' if len(lost) > 1 else ''} of the observation cannot be told apart "
+                f"from one step to the next in float32, in which policies and model rollouts compute: values are up to "
+                f"{obs[:, dim].abs().max().item():.3g} and change by about {size:.3g}. Subtract a constant, or leave "
+                "the dimension out (`gymnasium.wrappers.TransformObservation`); float64 in the observation space keeps it "
+                "exact up to there.",
+            )
 
     def _compare_with_environment(self, transitions: Transitions) -> None:
         """How far functions of transitions are from what the environment really did, in the log and, if too far, a warning."""
@@ -259,7 +311,7 @@ class DynamicsCallback(BaseCallback):
             agent.model_buffer.resize(
                 model_buffer_size(agent.model_retain_epochs, agent.model_train_freq, agent.rollout_batch_size, length)
             )
-            n_generated = self.model_env.fill_buffer(self._start_states(transitions))
+            n_generated = self.model_env.fill_buffer(self._start_states(transitions).float())
         self.logger.record("model/model_buffer_gb", agent.model_buffer.n_bytes / 1e9)
         self.logger.record("model/rollout_length", length)
         self.logger.record("model/rollout_length_mean", n_generated / agent.rollout_batch_size)

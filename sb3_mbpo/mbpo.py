@@ -111,7 +111,7 @@ class MBPO(SAC):
     :param ensemble_size: Number of networks in the dynamics ensemble
     :param num_elites: Number of networks, the best on held-out data, that generate transitions
     :param model_hidden_sizes: Units of each hidden layer of each network
-    :param model_learning_rate: Learning rate of the ensemble's Adam
+    :param model_learning_rate: Learning rate of the ensemble's Adam (paper: 1e-3, with ``model_gradient_steps=None``)
     :param model_train_freq: Environment steps between two trainings of the model, each followed by model rollouts
     :param rollout_batch_size: Number of model rollouts after each training
     :param rollout_schedule: ``(first_step, last_step, k_min, k_max)``: the length of the model rollouts grows linearly from
@@ -130,8 +130,10 @@ class MBPO(SAC):
         If it disagrees with more than 1 % of the real transitions, or 10 % of the terminal ones, a warning says so.
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
         the model predicts the reward. If it disagrees with more than 1 % of the real transitions, a warning says so.
-    :param model_max_epochs: Epochs after which a training of the model stops even if it still improves. None: the paper's
-        rule alone
+    :param model_gradient_steps: Gradient steps of the model for each environment step since it was last trained; the first
+        training makes those of 2,000 steps if there were fewer. None: the paper's rule, on and on until no network improves
+        on held-out transitions for five epochs; that takes longer the more data there are, and hardly ends where there is no
+        noise.
     :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): more than twice
         and one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
         compiler. "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, SB3's own
@@ -177,7 +179,7 @@ class MBPO(SAC):
         ensemble_size: int = 7,
         num_elites: int = 5,
         model_hidden_sizes: Sequence[int] = (200, 200, 200, 200),
-        model_learning_rate: float = 1e-3,
+        model_learning_rate: float = 2e-3,
         model_train_freq: int = 250,
         rollout_batch_size: int = 100_000,
         rollout_schedule: Sequence[int] | str = (20_000, 100_000, 1, 15),
@@ -185,7 +187,7 @@ class MBPO(SAC):
         real_ratio: float = 0.05,
         termination_fn: TransitionFn | None = None,
         reward_fn: TransitionFn | None = None,
-        model_max_epochs: int | None = None,
+        model_gradient_steps: float | None = 1.0,
         compile: bool | str = "auto",
         rollout_start: str = "replay",
         value_expansion_horizon: int = 0,
@@ -236,7 +238,7 @@ class MBPO(SAC):
         self.real_ratio = real_ratio
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
-        self.model_max_epochs = model_max_epochs
+        self.model_gradient_steps = model_gradient_steps
         self.compile = compile
         self.rollout_start = rollout_start
         self.value_expansion_horizon = value_expansion_horizon

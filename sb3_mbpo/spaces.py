@@ -117,6 +117,18 @@ def flat_dim(space: spaces.Space[Any]) -> int:
     return sum(int(np.prod(shape_of(part))) for part in _parts(space).values())
 
 
+def dim_names(space: spaces.Space[Any]) -> list[str]:
+    """
+    :param space: A supported observation space
+    :return: For messages: where each number of a flat observation is found in an observation, as in Python
+    """
+    return [
+        f"obs[{name!r}]{list(index)}" if name else f"obs{list(index)}"
+        for name, part in _parts(space).items()
+        for index in np.ndindex(shape_of(part))
+    ]
+
+
 def flatten(observation: Array | dict[str, Array], batch_dims: int = 1) -> Array:
     """
     :param observation: Arrays or tensors ``(*batch, *shape)``; a dictionary in the order of its space

@@ -10,8 +10,7 @@ SMALL = dict(
     model_hidden_sizes=[16, 16],
     ensemble_size=3,
     num_elites=2,
-    # What is known exactly, a model improves on for hundreds of epochs
-    model_max_epochs=10,
+    model_gradient_steps=0.1,
     model_train_freq=50,
     rollout_batch_size=100,
     rollout_schedule=[0, 1_000, 1, 1],

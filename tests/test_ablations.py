@@ -26,7 +26,7 @@ def test_rollouts_of_a_fixed_length(k):
 def test_the_longest_rollouts_of_nothing_that_ends():
     """500 steps one after the other, each from where the last one led."""
     agent = make_agent(
-        "Pendulum-v1", rollout_schedule=[0, 0, 500, 500], rollout_batch_size=3, model_max_epochs=50, gradient_steps=1
+        "Pendulum-v1", rollout_schedule=[0, 0, 500, 500], rollout_batch_size=3, model_gradient_steps=0.5, gradient_steps=1
     ).learn(62)
     buffer = agent.model_buffer
     assert buffer.size() == 1_500 and buffer.buffer_size == 20 * 1_500

@@ -31,7 +31,7 @@ SMALL = dict(
     batch_size=32,
     policy_kwargs={"net_arch": [16]},
     model_hidden_sizes=[16],
-    model_max_epochs=2,
+    model_gradient_steps=0.05,
     rollout_batch_size=100,
 )
 

@@ -316,12 +316,12 @@ def test_versions(saved, agent):
     assert json.loads(zipfile.ZipFile(saved).read("data"))["sb3_mbpo_version"] == __version__
 
     def change(attributes):
-        del attributes["model_max_epochs"], attributes["compile"]
+        del attributes["model_gradient_steps"], attributes["compile"]
         attributes.update(sb3_mbpo_version="9.9.9", argument_of_the_future=3)
 
     rewritten(saved, change)
     loaded = MBPO.load(saved, env=gym.make("Pendulum-v1"))
-    assert loaded.model_max_epochs is None and loaded.compile == "auto" and loaded.sb3_mbpo_version == "9.9.9"
+    assert loaded.model_gradient_steps == 1 and loaded.compile == "auto" and loaded.sb3_mbpo_version == "9.9.9"
     assert_same_parameters(agent, loaded)
     loaded.learn(5)
     loaded.save(saved)

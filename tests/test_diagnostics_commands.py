@@ -22,7 +22,7 @@ from tests.agents import make_agent
 def trained(tmp_path_factory):
     """Files of a small agent in Hopper, whose episodes end."""
     folder = tmp_path_factory.mktemp("trained")
-    agent = make_agent("Hopper-v5", learning_starts=400, model_train_freq=200, model_max_epochs=3).learn(650)
+    agent = make_agent("Hopper-v5", learning_starts=400, model_train_freq=200).learn(650)
     agent.save(folder / "agent")
     agent.save_replay_buffer(folder / "buffer")
     agent.train(50, agent.batch_size)

@@ -67,7 +67,7 @@ def test_without_hindsight():
 
 
 def test_real_transitions_stay_resident():
-    agent = make_agent(make_vec_env(GoalEnv, n_envs=2, seed=0), buffer_size=100, gradient_steps=0, model_max_epochs=1)
+    agent = make_agent(make_vec_env(GoalEnv, n_envs=2, seed=0), buffer_size=100, gradient_steps=0)
     resident = buffers.ResidentTransitions()
     for _ in range(8):
         before = agent.lifetime_timesteps

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble, weight_decays
-from sb3_mbpo.dynamics.training import bootstrap, fit, shuffle_rows, split_holdout
+from sb3_mbpo.dynamics.training import (
+    bootstrap,
+    fit,
+    holdout_errors,
+    r2,
+    shuffle_rows,
+    split_at_random,
+)
 
 
 def make_ensemble(obs_dim=3, action_dim=2, hidden_sizes=(16, 16, 16, 16), n_members=4, n_elites=2, learning_rate=1e-3):
@@ -63,7 +70,8 @@ def softplus(x):
 
 
 def oracle_loss(parameters, x, y):
-    weights, biases, upper, lower, mean, std, decays = parameters
+    weights, biases, upper, lower, (mean, std, target_mean, target_std), decays = parameters
+    varies = target_std > 0
     total = 0.0
     for member in range(len(weights[0])):
         losses = []
@@ -76,7 +84,8 @@ def oracle_loss(parameters, x, y):
             mu, log_var = hidden[: len(target)], hidden[len(target) :]
             log_var = upper - softplus(upper - log_var)
             log_var = lower + softplus(log_var - lower)
-            losses.append(np.mean((mu - target) ** 2 / np.exp(log_var) + log_var))
+            errors = mu[varies] - ((target - target_mean)[varies] / target_std[varies])
+            losses.append(np.mean(errors**2 / np.exp(log_var[varies]) + log_var[varies]))
         total += np.mean(losses)
         total += sum(decay * np.sum(weight[member] ** 2) / 2 for decay, weight in zip(decays, weights, strict=True))
     return total + 0.01 * (np.sum(upper) - np.sum(lower))
@@ -86,11 +95,14 @@ def test_loss_and_gradients_against_float64():
     ensemble = make_ensemble().double()
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 5, 5)), rng.normal(size=(4, 5, 4))
-    ensemble.set_stats(th.tensor(rng.normal(2, 3, size=(50, 5))), th.ones(1, 4))
+    targets = rng.normal(5, 7, size=(50, 4))
+    # Constant: it does not count
+    targets[:, 2] = 3.0
+    ensemble.set_stats(th.tensor(rng.normal(2, 3, size=(50, 5))), th.tensor(targets))
     with th.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * th.randn_like(parameter)
-    loss = ensemble.loss(th.tensor(x), th.tensor(y))
+    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)))
     loss.backward()
 
     arrays = [parameter.detach().numpy().copy() for parameter in [*ensemble.weights, *ensemble.biases]]
@@ -98,9 +110,9 @@ def test_loss_and_gradients_against_float64():
     gradients = [p.grad.numpy() for p in [*ensemble.weights, *ensemble.biases, ensemble.max_log_var, ensemble.min_log_var]]
 
     def oracle():
-        stats = ensemble.input_mean.numpy(), ensemble.input_std.numpy()
+        stats = ensemble.input_mean, ensemble.input_std, ensemble.target_mean, ensemble.target_std
         decays = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
-        return oracle_loss((arrays[:5], arrays[5:10], arrays[10], arrays[11], *stats, decays), x, y)
+        return oracle_loss((arrays[:5], arrays[5:10], arrays[10], arrays[11], [each.numpy() for each in stats], decays), x, y)
 
     assert loss.item() == pytest.approx(oracle(), rel=1e-12)
     for array, gradient in zip(arrays, gradients, strict=True):
@@ -147,13 +159,15 @@ def test_constant_input_does_not_divide_by_zero(constant):
     ensemble = make_ensemble()
     inputs = th.randn(100, 5) * 3 + 1
     inputs[:, 2] = constant
-    ensemble.set_stats(inputs, th.ones(1, 4))
-    assert ensemble.input_std[2] == 1
+    ensemble.set_stats(inputs, th.randn(100, 4))
     varying = [0, 1, 3, 4]
-    np.testing.assert_allclose(ensemble.input_mean, inputs.double().mean(0), rtol=1e-6)
-    np.testing.assert_allclose(ensemble.input_std[varying], inputs.double().numpy().std(0)[varying], rtol=1e-6)
-    mean, log_var = ensemble(inputs.expand(4, -1, -1))
-    assert th.isfinite(mean).all() and th.isfinite(log_var).all()
+    np.testing.assert_allclose(ensemble.input_mean, inputs.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(ensemble.input_std[varying], inputs.double().numpy().std(0)[varying], rtol=1e-12)
+    mean, std = ensemble.predict(inputs)
+    assert th.isfinite(mean).all() and th.isfinite(std).all()
+    # What it was not trained on, it takes for what it was
+    inputs[:, 2] = 17.0
+    assert th.equal(ensemble.predict(inputs)[0], mean)
 
 
 @settings(deadline=None, max_examples=25)
@@ -173,10 +187,12 @@ def test_shapes(obs_dim, action_dim, hidden_sizes, n_members, n_rows, data):
     assert next_obs.shape == obs.shape and rewards.shape == (n_rows,)
     inputs = th.cat([obs, actions], dim=1)
     targets = th.randn(n_rows, 1 + obs_dim)
-    assert ensemble.mse(inputs, targets).shape == (n_members,)
-    mean, log_var = ensemble(inputs.expand(n_members, -1, -1))
-    assert mean.shape == log_var.shape == (n_members, n_rows, 1 + obs_dim)
+    assert holdout_errors(ensemble, inputs, targets).shape == (n_members,)
+    assert ensemble.nll(inputs, targets).shape == (n_rows,) and r2(ensemble, inputs, targets).shape == (1 + obs_dim,)
+    mean, std = ensemble.predict(inputs)
+    assert mean.shape == std.shape == (n_members, n_rows, 1 + obs_dim)
     # Softly clamped between the bounds
+    log_var = 2 * std.log()
     assert (log_var < 0.5 + 1e-3).all() and (log_var > -10 - 1e-3).all()
 
 
@@ -213,15 +229,14 @@ def test_samples_come_from_elites_only_and_uniformly():
 def test_samples_have_the_predicted_distribution():
     th.manual_seed(0)
     ensemble = make_ensemble(3, 2, n_members=1, n_elites=1)
-    ensemble.set_stats(th.randn(100, 5) * 4, th.ones(1, 4))
+    ensemble.set_stats(th.randn(100, 5) * 4, th.randn(100, 4) * th.tensor([1.0, 20.0, 0.1, 3.0]) + 5)
     row = th.randn(1, 5)
-    mean, log_var = ensemble(row[None])
+    mean, std = (each[0, 0] for each in ensemble.predict(row))
     n = 200_000
     next_obs, rewards = ensemble.sample(row[:, :3].expand(n, 3), row[:, 3:].expand(n, 2))
     output = th.cat([rewards[:, None], next_obs - row[:, :3]], dim=1)
-    std = th.exp(0.5 * log_var[0, 0])
-    np.testing.assert_allclose(output.mean(0), mean[0, 0].detach(), atol=5 * std.max().item() / np.sqrt(n))
-    np.testing.assert_allclose(output.std(0), std.detach(), rtol=0.02)
+    np.testing.assert_allclose((output - mean).mean(0) / std, 0, atol=5 / np.sqrt(n))
+    np.testing.assert_allclose(output.std(0), std, rtol=0.02)
     # Independent over dimensions and rows
     correlation = np.corrcoef(output.T.numpy())
     assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(n)
@@ -229,7 +244,7 @@ def test_samples_have_the_predicted_distribution():
 
 def test_split_and_bootstrap():
     for n, n_holdout in [(2, 1), (4, 1), (10, 2), (1_000, 200), (25_000, 5_000), (100_000, 5_000)]:
-        train, holdout = split_holdout(n)
+        train, holdout = split_at_random(n)
         assert len(holdout) == n_holdout
         assert th.cat([train, holdout]).sort().values.equal(th.arange(n))
     indices = bootstrap(10_000, 3)
@@ -258,29 +273,31 @@ def test_fit_follows_the_paper(monkeypatch):
     n, n_members = 600, 4
     inputs, targets = numbered_data(n)
     ensemble = make_ensemble(n_members=n_members, n_elites=2, learning_rate=5e-3)
-    loss, mse = Ensemble.loss, Ensemble.mse
+    step, holdout_error = training.train_step, training.holdout_errors
     seen, errors, weights, held_out = [], [], [], []
 
-    def watched_loss(self, x, y):
-        seen.append((x[:, :, 0] * n).round().int())
-        assert len(errors) > 0 or not self.is_fitted
-        return loss(self, x, y)
+    def watched_step(self, state, x, y, numbers):
+        number = x[:, :, 0] * self.input_std[0] + self.input_mean[0]
+        seen.append((number * n).round().int())
+        return step(self, state, x, y, numbers)
 
-    def watched_mse(self, x, y):
+    def watched_error(self, x, y):
         held_out.append((x, y))
-        errors.append(mse(self, x, y).numpy().copy())
+        errors.append(holdout_error(self, x, y).numpy().copy())
         weights.append([parameter.detach().clone() for parameter in [*self.weights, *self.biases]])
-        return mse(self, x, y)
+        return holdout_error(self, x, y)
 
-    monkeypatch.setattr(Ensemble, "loss", watched_loss)
-    monkeypatch.setattr(Ensemble, "mse", watched_mse)
+    monkeypatch.setattr(training, "train_step", watched_step)
+    monkeypatch.setattr(training, "holdout_errors", watched_error)
     result = fit(ensemble, inputs, targets)
+    # After each epoch, and once more with the weights that are kept
+    n_epochs, last_error = len(errors) - 1, errors.pop()
 
     # Bootstraps: every epoch shows a member the same rows, its own, and none of the holdout
     assert held_out[0][0].shape == (120, 5)
     holdout_rows = set((held_out[0][0][:, 0] * n).round().int().tolist())
-    per_epoch = len(seen) // result.epochs
-    epochs = [th.cat(seen[i * per_epoch : (i + 1) * per_epoch], dim=1) for i in range(result.epochs)]
+    per_epoch = len(seen) // n_epochs
+    epochs = [th.cat(seen[i * per_epoch : (i + 1) * per_epoch], dim=1) for i in range(n_epochs)]
     # 480 rows, gone through nine times, each time in another order
     assert epochs[0].shape == (n_members, 9 * 480) and seen[0].shape[1] == 256
     passes = [one for epoch in epochs for one in epoch.split(480, dim=1)]
@@ -303,15 +320,15 @@ def test_fit_follows_the_paper(monkeypatch):
         if idle == 5:
             stop = epoch + 1
             break
-    assert result.epochs == stop == len(errors)
+    assert n_epochs == stop
+    assert result.gradient_steps == len(seen)
     assert len(set(best_epoch)) > 1, "the members should have their best epochs at different times for this test to tell"
     for parameters in range(len(weights[0])):
         now = [*ensemble.weights, *ensemble.biases][parameters]
         for member in range(n_members):
             assert th.equal(now[member], weights[best_epoch[member]][parameters][member])
-    np.testing.assert_allclose(mse(ensemble, *held_out[0]).numpy(), best, rtol=1e-6)
+    np.testing.assert_allclose(last_error, best, rtol=1e-6)
     assert ensemble.elites.long().tolist() == np.argsort(best)[:2].tolist()
-    assert result.holdout_mse == pytest.approx(np.sort(best)[:2].mean())
     assert not ensemble.training and ensemble.is_fitted
 
 
@@ -321,10 +338,10 @@ def test_fit_follows_the_paper(monkeypatch):
 def test_an_epoch_has_at_least_sixteen_steps(n, steps, monkeypatch):
     """80 % of few transitions are gone through several times, and the patience is five epochs; the first one improves."""
     sizes = []
-    monkeypatch.setattr(Ensemble, "mse", lambda self, x, y: th.ones(self.n_members))
-    loss = Ensemble.loss
-    monkeypatch.setattr(Ensemble, "loss", lambda self, *args: sizes.append(args[0].shape[1]) or loss(self, *args))
-    assert fit(make_ensemble(hidden_sizes=(4,)), *numbered_data(n)).epochs == 6
+    monkeypatch.setattr(training, "holdout_errors", lambda ensemble, x, y: th.ones(ensemble.n_members))
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: sizes.append(args[2].shape[1]) or step(*args))
+    fit(make_ensemble(hidden_sizes=(4,)), *numbered_data(n))
     assert sizes == steps * 6
 
 
@@ -347,8 +364,8 @@ def test_second_fit_starts_from_the_first():
     ensemble = make_ensemble(hidden_sizes=(64, 64), learning_rate=3e-3)
     first = fit(ensemble, inputs, targets)
     second = fit(ensemble, inputs, targets)
-    assert second.epochs < first.epochs / 2
-    assert second.holdout_mse < 1.1 * first.holdout_mse
+    assert second.gradient_steps < first.gradient_steps / 2
+    assert (second.r2 > first.r2 - 0.02).all()
 
 
 def test_recovers_a_noisy_linear_system():
@@ -365,13 +382,13 @@ def test_recovers_a_noisy_linear_system():
 
     inputs, mean = system(n)
     ensemble = Ensemble(3, 2, (64, 64), 5, 3, 2e-3)
-    fit(ensemble, inputs, mean + noise * th.randn(n, 4))
+    fit(ensemble, inputs, mean + noise * th.randn(n, 4), n_steps=3_000)
     test_inputs, test_mean = system(2_000)
-    predicted, log_var = ensemble(test_inputs.expand(5, -1, -1))
+    predicted, std = ensemble.predict(test_inputs)
     for member in ensemble.elites.long():
-        error = (predicted[member] - test_mean).square().mean(0).sqrt().detach()
+        error = (predicted[member] - test_mean).square().mean(0).sqrt()
         assert (error < 0.3 * noise + 0.02).all(), error
-        np.testing.assert_allclose(th.exp(0.5 * log_var[member]).mean(0).detach(), noise, rtol=0.15)
+        np.testing.assert_allclose(std[member].mean(0), noise, rtol=0.15)
     # Next observations and rewards on their proper sides
     rows = test_inputs[:1].expand(20_000, 5)
     next_obs, rewards = ensemble.sample(rows[:, :3], rows[:, 3:])
@@ -393,22 +410,26 @@ def test_non_finite_data_never_reach_the_weights(where, value):
     assert all(th.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
 
 
-def test_divergence_is_an_error_and_keeps_the_weights():
+@pytest.mark.parametrize("n_steps", [None, 20])
+def test_divergence_is_an_error_and_keeps_the_weights(n_steps):
     inputs, targets = numbered_data(300)
     ensemble = make_ensemble()
     fit(ensemble, inputs, targets)
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     with pytest.raises(ValueError, match=r"diverged.*model_learning_rate"):
-        fit(ensemble, inputs, targets * 1e25)
+        ensemble.optimizer.param_groups[0]["lr"] = 1e30
+        fit(ensemble, inputs, targets, n_steps)
     assert all(th.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
     # And it can go on
-    assert np.isfinite(fit(ensemble, inputs, targets).holdout_mse)
+    ensemble.optimizer.param_groups[0]["lr"] = 1e-3
+    assert fit(ensemble, inputs, targets).r2.isfinite().all()
 
 
 def test_too_few_transitions():
     with pytest.raises(ValueError, match=r"at least 2 transitions.*not 1"):
         fit(make_ensemble(), *numbered_data(1))
-    assert fit(make_ensemble(), *numbered_data(2)).epochs >= training.PATIENCE
+    for n_steps in (None, 7):
+        assert fit(make_ensemble(), *numbered_data(2), n_steps).n_measured == 1
 
 
 def test_state_dict_is_all_floats_and_restores_exactly():
@@ -422,8 +443,8 @@ def test_state_dict_is_all_floats_and_restores_exactly():
     results = []
     for each in (ensemble, other):
         th.manual_seed(0)
-        results.append(fit(each, inputs, targets))
-    assert results[0] == results[1]
+        results.append(fit(each, inputs, targets, n_steps=20))
+    assert results[0].train_loss == results[1].train_loss and th.equal(results[0].r2, results[1].r2)
     for (name, tensor), copy in zip(ensemble.state_dict().items(), other.state_dict().values(), strict=True):
         assert th.equal(tensor, copy), name
     ensemble.load_state_dict({name: th.rand_like(tensor) for name, tensor in ensemble.state_dict().items()})

@@ -14,8 +14,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo import model_env
 from sb3_mbpo.dynamics import training
-from sb3_mbpo.dynamics.ensemble import Ensemble, target_scale
-from sb3_mbpo.dynamics.training import fit
 from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.update import networks_state
 from tests.agents import make_agent
@@ -129,7 +127,7 @@ def test_rewards_of_any_size_are_learned(scale):
     """In raw units, also under a wrapper that normalises them for the policy."""
     env = VecNormalize(DummyVecEnv([lambda: ScaledEnv(scale)]), norm_obs=False)
     agent = make_agent(
-        env, learning_starts=500, rollout_batch_size=500, model_hidden_sizes=[64, 64], model_max_epochs=50
+        env, learning_starts=500, rollout_batch_size=500, model_hidden_sizes=[64, 64], model_gradient_steps=1
     ).learn(501)
     buffer = agent.model_buffer
     true = -scale * buffer.next_observations[:500, 0].abs()
@@ -165,58 +163,22 @@ def test_learns_from_huge_rewards():
     assert np.mean(returns) > np.mean(best) - 3, (np.mean(returns), np.mean(best))
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e-4, 0.002, 0.5, 999.0, 2e3, 1e9])
-def test_target_scale(size):
-    """A power of ten, of the size of the targets, but 1 where the release's constants fit; then it stays while it fits."""
-    th.manual_seed(0)
-    targets = size * th.randn(1_000, 1).sign()
-    scale = target_scale(targets, th.ones(1)).item()
-    if 1e-3 < size < 1e3:
-        assert scale == 1
-    else:
-        assert 0.3 < size / scale < 3.2 and np.log10(scale) == pytest.approx(round(np.log10(scale)), abs=1e-6)
-    for factor in (0.01, 1, 100):
-        assert target_scale(scale * factor * th.ones(10, 1), th.full((1,), scale)).item() == scale
-    assert target_scale(0 * targets, th.ones(1)) == 1
-
-
-@pytest.mark.parametrize("noise", [1e-22, 1e-7])
-def test_rounding_noise_is_no_target(noise):
-    """A dimension that hardly changes must neither stop the training of the others nor make it diverge."""
-    th.manual_seed(0)
-    inputs = th.randn(400, 3)
-    targets = th.stack([0.05 * inputs[:, 0], 0.05 * inputs[:, 1], noise * th.randn(400)], dim=1)
-    errors = []
-    for scale in (0, 1):
-        th.manual_seed(1)
-        ensemble = Ensemble(2, 1, [16, 16], 3, 2, 1e-3)
-        fit(ensemble, inputs, targets * th.tensor([1, 1, scale]), max_epochs=15)
-        errors.append(ensemble.mse(inputs, targets).mean())
-        assert ensemble.target_scale.tolist() == [1, 1, 1]
-    # The noise is input to nothing, but it takes part in early stopping: 5 % of difference in one of six seeds. As a target
-    # like others it makes the error more than 1,000 times as large.
-    assert errors[1] < 1.5 * errors[0]
-    # Nor rewards that are nothing but that
-    assert target_scale(th.full((10, 2), 1e-22), th.ones(2)).tolist() == [1, 1]
-    assert target_scale(th.full((10, 2), 1e4), th.ones(2)).tolist() == [1e4, 1e4]
-
-
 def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
     """RL Zoo saves the agent after Ctrl-C."""
     agent = make_agent().learn(62)
     before, adam = deepcopy(agent.dynamics.state_dict()), deepcopy(agent.dynamics.optimizer.state_dict())
-    epochs, train_epoch = [], training.train_epoch
+    steps, train_step = [], training.train_step
 
     def interrupted(*args):
-        if len(epochs) == 2:
+        if len(steps) == 2:
             raise KeyboardInterrupt
-        epochs.append(1)
-        return train_epoch(*args)
+        steps.append(1)
+        return train_step(*args)
 
-    monkeypatch.setattr(training, "train_epoch", interrupted)
+    monkeypatch.setattr(training, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         agent.learn(60, reset_num_timesteps=False)
-    assert len(epochs) == 2 and same(before, agent.dynamics.state_dict()) and not agent.dynamics.training
+    assert len(steps) == 2 and same(before, agent.dynamics.state_dict()) and not agent.dynamics.training
     assert_same_adam(adam, agent.dynamics.optimizer.state_dict())
 
 
@@ -224,34 +186,6 @@ def assert_same_adam(before, after):
     assert before["param_groups"] == after["param_groups"] and len(before["state"]) == len(after["state"]) > 0
     for key, state in before["state"].items():
         assert state["step"] > 0 and same(state, after["state"][key])
-
-
-def test_scaled_targets_are_learned_as_well_as_others():
-    """The same networks and batches: the same predictions, scaled."""
-    th.manual_seed(0)
-    inputs = th.randn(400, 3)
-    targets = th.stack([inputs[:, 1], inputs[:, 0] * 5, inputs[:, 2] * 3], dim=1)
-    results = []
-    for factor in (1, 1e6, 1e-6):
-        th.manual_seed(1)
-        ensemble = Ensemble(2, 1, [16, 16], 3, 2, 1e-3)
-        # The reward has the scale 1e6 or 1e-6
-        result = fit(ensemble, inputs, targets * th.tensor([factor, 1, 1]), max_epochs=5)
-        mean, log_var = ensemble(inputs.expand(3, -1, -1))
-        results.append((result.holdout_mse, mean[..., 0] / factor, log_var[..., 0] - 2 * np.log(factor)))
-        assert ensemble.target_scale.tolist() == pytest.approx([factor, 1, 1])
-    for other in results[1:]:
-        for one, another in zip(results[0], other, strict=True):
-            np.testing.assert_allclose(
-                np.asarray(th.as_tensor(one).detach()), th.as_tensor(another).detach(), rtol=2e-2, atol=2e-2
-            )
-
-
-def test_scale_is_saved(tmp_path):
-    agent = make_agent(StrangeEnv("huge rewards")).learn(61)
-    agent.save(tmp_path / "agent.zip")
-    loaded = type(agent).load(tmp_path / "agent.zip")
-    assert loaded.dynamics.target_scale[0] == agent.dynamics.target_scale[0] > 1e5
 
 
 # --- Little data --------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ OF_SAC = {name: SMALL[name] for name in ("learning_starts", "batch_size", "gradi
 
 def make(cls, env="Pendulum-v1", policy="MlpPolicy", **kwargs):
     """A small agent, of SAC or MBPO, with the same arguments. How good its model is does not matter here."""
-    return cls(policy, env, **{**({**SMALL, "model_max_epochs": 2} if cls is MBPO else OF_SAC), **kwargs})
+    return cls(policy, env, **{**({**SMALL, "model_gradient_steps": 0.05} if cls is MBPO else OF_SAC), **kwargs})
 
 
 def pendulums(n_envs=1, vec_env_cls=DummyVecEnv, **kwargs):

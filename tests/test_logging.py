@@ -10,7 +10,8 @@ from tests.agents import make_agent
 from tests.envs import CountingEnv
 
 KEYS = {
-    *("model/train_loss", "model/holdout_mse", "model/epochs", "model/training_seconds", "model/termination_mismatch"),
+    *("model/train_loss", "model/gradient_steps", "model/r2", "model/r2_worst", "model/reward_r2", "model/training_seconds"),
+    "model/termination_mismatch",
     *("model/model_buffer_gb", "model/compiled", "train/compiled", "time/compile_seconds"),
     *("model/rollout_length", "model/rollout_length_mean", "model/model_buffer_size", "model/real_buffer_size"),
     *("open_loop/error_1", "open_loop/error_2", "open_loop/error_5", "open_loop/error_10", "open_loop/error_20"),
@@ -36,14 +37,15 @@ def rows(tmp_path):
 
 def test_keys(rows):
     # An environment that counts: its change is always the same, and nothing is to be explained
-    assert KEYS - {"open_loop/r2_1"} <= set(rows[-1]) and "open_loop/r2_1" not in rows[-1]
+    nothing = {"open_loop/r2_1", "model/r2", "model/r2_worst"}
+    assert KEYS - nothing <= set(rows[-1]) and nothing.isdisjoint(rows[-1])
     # SB3's logger cuts longer ones
     assert all(len(key) <= 36 for key in rows[-1])
 
 
 def test_numbers(rows):
     # Rows at the ends of episodes: 30, 60 (warm-up), 90 and 120 (trained at 61 and 111)
-    assert [row["model/epochs"] for row in rows[:2]] == ["", ""]
+    assert [row["model/gradient_steps"] for row in rows[:2]] == ["", ""]
     for row, real, trainings in zip(rows[2:], (90, 120), (1, 2), strict=True):
         # SB3 logs before the callback at the end of the step, hence the last complete training
         assert float(row["model/real_buffer_size"]) == real
@@ -51,7 +53,7 @@ def test_numbers(rows):
         assert float(row["model/rollout_length"]) == 4
         assert float(row["model/rollout_length_mean"]) == pytest.approx(1.87, abs=0.02)
         assert float(row["model/model_buffer_size"]) == pytest.approx(187 * trainings, abs=2)
-        assert float(row["model/epochs"]) >= 5 and float(row["model/holdout_mse"]) > 0
+        assert float(row["model/gradient_steps"]) == (200 if trainings == 1 else 5)
         # The function calls every second row terminal, the environment none but one in thirty
         assert float(row["model/termination_mismatch"]) == pytest.approx(0.5, abs=0.06)
         assert np.isfinite(float(row["model/train_loss"]))
@@ -80,7 +82,7 @@ def test_stdout_and_tensorboard(tmp_path, capsys):
     agent = make_agent(CountingEnv(), verbose=1, tensorboard_log=str(tmp_path))
     agent.learn(80, log_interval=1)
     printed = capsys.readouterr().out
-    assert "holdout_mse" in printed and "Termination of model rollouts: learned from the replay buffer" in printed
+    assert "reward_r2" in printed and "Termination of model rollouts: learned from the replay buffer" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["MBPO_1"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -88,7 +90,7 @@ def test_stdout_and_tensorboard(tmp_path, capsys):
     events = EventAccumulator(str(tmp_path / "MBPO_1"))
     events.Reload()
     # There was but one training of the model
-    later = {key for key in KEYS if key.startswith(("open_loop/", "theory/"))}
+    later = {key for key in KEYS if key.startswith(("open_loop/", "theory/"))} | {"model/r2", "model/r2_worst"}
     assert KEYS - later <= set(events.Tags()["scalars"])
 
 
@@ -118,4 +120,4 @@ def test_every_model_training_is_reported(capsys):
         f"Model training at step {step} on {step}" for step in (61, 111, 161)
     ]
     for line in lines:
-        assert int(line.split(": ")[1].split()[0]) >= 5 and " s, holdout MSE " in line
+        assert " gradient steps, " in line and " s, R2 of the changes " in line and "worst: obs[" in line

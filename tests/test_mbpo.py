@@ -61,7 +61,7 @@ def test_constructor_is_sacs_with_mbpos_own_arguments_after():
     assert set(own) == {
         *("ensemble_size", "num_elites", "model_hidden_sizes", "model_learning_rate", "model_train_freq", "real_ratio"),
         *("rollout_batch_size", "rollout_schedule", "model_retain_epochs", "termination_fn", "reward_fn"),
-        *("model_max_epochs", "compile", "rollout_start", "value_expansion_horizon"),
+        *("model_gradient_steps", "compile", "rollout_start", "value_expansion_horizon"),
     }
     agent = MBPO("MlpPolicy", "Pendulum-v1", buffer_size=100)
     for name in own:
@@ -69,7 +69,7 @@ def test_constructor_is_sacs_with_mbpos_own_arguments_after():
     assert isinstance(agent.policy, MlpPolicy) and isinstance(agent, SAC)
     # The paper's values
     assert (agent.ensemble_size, agent.num_elites, agent.real_ratio, agent.model_train_freq) == (7, 5, 0.05, 250)
-    assert (agent.rollout_batch_size, agent.model_learning_rate, agent.learning_starts) == (100_000, 1e-3, 5_000)
+    assert (agent.rollout_batch_size, agent.model_learning_rate, agent.learning_starts) == (100_000, 2e-3, 5_000)
     assert list(agent.model_hidden_sizes) == [200] * 4 and agent.model_buffer.buffer_size == 400_000
     assert inspect.signature(MBPO.learn).parameters["total_timesteps"].default > 0
 
@@ -169,7 +169,7 @@ def test_model_learns_raw_units_under_vec_normalize():
         given.append((obs, next_obs))
         return np.zeros(len(obs), dtype=bool)
 
-    agent = make_agent(env, model_max_epochs=None, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn)
+    agent = make_agent(env, model_gradient_steps=2, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn)
     agent.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.learn(101)
     rollout_obs = next(obs for obs in seen if len(obs) == 500)
@@ -247,7 +247,7 @@ def test_terminations_end_rollouts():
 def test_learned_termination(events):
     """Nothing is known about this environment: episodes end when the count reaches 10."""
     agent = make_agent(
-        CountingEnv(episode_length=10), learning_starts=500, rollout_batch_size=1_000, model_max_epochs=None
+        CountingEnv(episode_length=10), learning_starts=500, rollout_batch_size=1_000, model_gradient_steps=1
     ).learn(501)
     assert agent.logger is not None
     buffer = agent.model_buffer
@@ -485,9 +485,9 @@ def test_model_is_trained_on_what_the_buffer_holds_now(buffer_size, n_envs, call
 
     monkeypatch.setattr(DynamicsCallback, "_train_model", watched)
     env = make_vec_env("Pendulum-v1", n_envs=n_envs, seed=0)
-    make_agent(
-        env, buffer_size=buffer_size, learning_starts=30, gradient_steps=0, model_max_epochs=1, model_train_freq=60
-    ).learn(800, callback=callback)
+    make_agent(env, buffer_size=buffer_size, learning_starts=30, gradient_steps=0, model_train_freq=60).learn(
+        800, callback=callback
+    )
     assert len(sizes) > 8
     assert callback is None or min(sizes[3:]) < 100
 

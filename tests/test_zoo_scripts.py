@@ -43,7 +43,7 @@ TINY: dict[str, Any] = {
     "batch_size": 32,
     "gradient_steps": 1,
     "model_hidden_sizes": [16, 16],
-    "model_max_epochs": 3,
+    "model_gradient_steps": 0.05,
     "ensemble_size": 3,
     "num_elites": 2,
     "model_train_freq": 50,
@@ -413,7 +413,7 @@ SEARCH = ["train", *OF_TRAIN, "-n", "64", "--optimize", "--n-evaluations", "2", 
 
 def search_config(folder: Path, **hyperparams: Any) -> None:
     """A YAML whose trials are cheap, whatever is sampled."""
-    write_config(folder, model_max_epochs=1, ensemble_size=2, num_elites=1, rollout_batch_size=50, **hyperparams)
+    write_config(folder, model_gradient_steps=0.02, ensemble_size=2, num_elites=1, rollout_batch_size=50, **hyperparams)
 
 
 def open_study(storage: str) -> optuna.Study:

@@ -13,9 +13,9 @@ from sb3_mbpo.buffers import real_transitions
 from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.open_loop import spread
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.dynamics.units import spread
 from sb3_mbpo.spaces import flat_dim
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, policy_shift_from_kl
 
@@ -58,7 +58,7 @@ def policy_shift(
     env: VecEnv,
     data_sizes: Sequence[int] = (500, 1_000, 2_000),
     n_steps: int = 1_000,
-    max_epochs: int | None = 100,
+    gradient_steps: int | None = 2_000,
 ) -> PolicyShift:
     """
     Train models on data of the agent's policy, and measure them on data of other policies.
@@ -69,7 +69,7 @@ def policy_shift(
     :param env: See :func:`sb3_mbpo.diagnostics.trajectories.collect`
     :param data_sizes: How many of the transitions to train on
     :param n_steps: Environment steps to collect with the agent's and with each other policy
-    :param max_epochs: Of each training of a model; up to 4,000 transitions an epoch has as many steps of Adam for each size
+    :param gradient_steps: Of each training of a model. None: until it no longer improves
     :return: Errors; the first policy is the agent's own, on data not trained on
     :raises ValueError: if there are too few transitions, or no policy is another than the agent's
     """
@@ -91,7 +91,7 @@ def policy_shift(
             agent.model_learning_rate,
         ).to(agent.device)
         rows = th.randperm(len(inputs), device=inputs.device)[:size]
-        fit(model, inputs[rows], targets[rows], max_epochs)
+        fit(model, inputs[rows], targets[rows], gradient_steps)
         models.append((model, model.nll(inputs[rows], targets[rows])))
 
     scale = spread(targets[:, 1:], data.obs)
@@ -119,7 +119,7 @@ def _as_regression(transitions: Transitions) -> tuple[th.Tensor, th.Tensor]:
 
 def _relative_error(model: Ensemble, inputs: th.Tensor, targets: th.Tensor, scale: th.Tensor) -> float:
     with th.no_grad():
-        mean, _ = model(inputs.expand(model.n_members, -1, -1))
+        mean, _ = model.predict(inputs)
         errors = (mean[model.elites.long()].mean(dim=0) - targets)[:, 1:].abs().mean(dim=0)
     varies = scale > 0
     return (errors / scale)[varies].mean().item()

@@ -9,11 +9,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from sb3_mbpo.adam import Tensors
+from sb3_mbpo.dynamics.units import huber, input_stats, standardised, target_stats
 
 # Weight decay of the first, the second, the middle and the last layer (authors' release)
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
-# Root mean square below which rewards are taken for none
-MIN_REWARD_SIZE = 1e-10
 # Coefficient of the penalty that pulls the learned bounds of the log-variance together (Chua et al. 2018, A.1)
 BOUND_PENALTY = 0.01
 
@@ -27,47 +26,20 @@ def weight_decays(n_layers: int) -> list[float]:
     return [first, second, *[middle] * (n_layers - 3), last] if n_layers > 2 else [first, last]
 
 
-def input_stats(inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor, varies: th.Tensor) -> th.Tensor:
     """
-    What inputs are standardised with: mean and standard deviation, the latter 1 where an input is constant.
-
-    :param inputs: ``(n, dim)``
-    :return: Mean and standard deviation, each ``(dim,)``
-    """
-    # float64: a constant dimension must come out as constant, not as rounding noise
-    std, mean = th.std_mean(inputs.double(), dim=0, correction=0)
-    # What varies by less than float32 can tell apart is constant, and a constant input carries no information
-    constant = std <= (mean.abs() * th.finfo(th.float32).eps).clamp(min=1e-12)
-    return mean, th.where(constant, 1.0, std)
-
-
-def target_scale(targets: th.Tensor, scale: th.Tensor) -> th.Tensor:
-    """
-    Powers of ten that the outputs are multiplied with, so that the networks' own are neither huge nor, for rewards, tiny. They
-    are 1 for what the constants of the authors' release are made for, targets of a root mean square between 0.001 and 1,000.
-    Tiny changes of observations are left as they are: they may be rounding noise, which must not become a target like others.
-
-    :param targets: (reward, next_obs - obs), ``(n, dim)``
-    :param scale: The present one, ``(dim,)``, kept where the targets are still within a factor of 1,000 of it
-    :return: ``(dim,)``
-    """
-    size = targets.double().square().mean(dim=0).sqrt()
-    is_off = (size > MIN_REWARD_SIZE) & ((size / scale).log10().abs() >= 3)
-    scale = th.where(is_off, 10 ** size.log10().round(), scale.double()).to(scale)
-    return th.cat([scale[:1], scale[1:].clamp(min=1)])
-
-
-def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor) -> th.Tensor:
-    """
-    Negative log-likelihood of a diagonal Gaussian, times two and without its constant, averaged over dimensions
-    and rows (paper, section 5; scaled as in the authors' release).
+    Negative log-likelihood of a diagonal Gaussian, times two and without its constant, averaged over rows and those dimensions
+    that vary (paper, section 5; scaled as in the authors' release). Beyond five standard deviations the tails are those of a
+    Laplace distribution.
 
     :param mean: ``(n_members, batch, dim)``
     :param log_var: ``(n_members, batch, dim)``
     :param target: ``(n_members, batch, dim)``
+    :param varies: Which dimensions count, bool, ``(dim,)``
     :return: ``(n_members,)``
     """
-    return ((target - mean).square() * th.exp(-log_var) + log_var).mean(dim=(1, 2))
+    nll = huber((target - mean) * th.exp(-0.5 * log_var)) + log_var
+    return (nll * varies).sum(dim=2).mean(dim=1) / varies.sum().clamp(min=1)
 
 
 class Ensemble(nn.Module):
@@ -76,8 +48,10 @@ class Ensemble(nn.Module):
     (paper, section 5; architecture and constants of the authors' release).
 
     The weights of all members are stacked, ``(n_members, in, out)``, so that one product per layer serves all.
-    Observations and rewards are in raw units, actions in [-1, 1] as in SB3's replay buffers. Targets are not standardised,
-    but those that are huge or tiny have a scale (:func:`target_scale`).
+
+    **Units.** Networks, their variances and their loss are in units in which each input and each target has a mean of 0 and a
+    standard deviation of 1 over the real transitions (``unit_inputs``, ``unit_targets``). What :meth:`predict`, :meth:`sample`
+    and :meth:`nll` take and return are raw observations and rewards, and actions in [-1, 1] as in SB3's replay buffers.
 
     Constructing it does not touch the global random state, so that an agent that never uses the model
     sees the same random numbers as SB3's ``SAC``.
@@ -107,15 +81,18 @@ class Ensemble(nn.Module):
                 std = 1 / (2 * math.sqrt(weight.shape[1]))
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
-        # All floats, also what is counted or indexed: SB3's tools fill every entry of a state dict with random floats
-        self.register_buffer("input_mean", th.zeros(sizes[0]))
-        self.register_buffer("input_std", th.ones(sizes[0]))
-        self.register_buffer("target_scale", th.ones(sizes[-1]))
+        # All floats, also what is counted or indexed: SB3's tools fill every entry of a state dict with random floats.
+        # Units in float64: a large mean must not take the digits of a small change.
+        for name, size in (("input", sizes[0]), ("target", sizes[-1])):
+            self.register_buffer(f"{name}_mean", th.zeros(size, dtype=th.float64))
+            self.register_buffer(f"{name}_std", th.ones(size, dtype=th.float64))
         self.register_buffer("elites", th.arange(n_elites, dtype=th.float32))
         self.register_buffer("n_fits", th.zeros(()))
         self.input_mean: th.Tensor
         self.input_std: th.Tensor
-        self.target_scale: th.Tensor
+        self.target_mean: th.Tensor
+        # 0 in both: constant, hence no information, or predicted exactly
+        self.target_std: th.Tensor
         self.elites: th.Tensor
         self.n_fits: th.Tensor
 
@@ -127,77 +104,124 @@ class Ensemble(nn.Module):
         """Whether it has seen data: an ensemble that has not must not generate any."""
         return self.n_fits.item() > 0
 
+    @property
+    def varies(self) -> th.Tensor:
+        """Which targets were not constant in the data, bool, ``(1 + obs_dim,)``."""
+        return self.target_std > 0
+
+    def unit_inputs(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: (obs, action), ``(..., obs_dim + action_dim)``, raw, in any precision
+        :return: What the networks see, standardised before it is rounded to their precision
+        """
+        return standardised(inputs, self.input_mean, self.input_std).to(self.weights[0])
+
+    def unit_targets(self, targets: th.Tensor) -> th.Tensor:
+        """
+        :param targets: (reward, next_obs - obs), ``(..., 1 + obs_dim)``, raw, in any precision
+        :return: What the networks are to predict
+        """
+        return standardised(targets, self.target_mean, self.target_std).to(self.weights[0])
+
+    @th.no_grad()
     def set_stats(self, inputs: th.Tensor, targets: th.Tensor) -> None:
         """
-        Refit the standardisation of the inputs and the scale of the targets.
+        Refit the units. What a fitted ensemble predicts in raw units stays as it is: its first and its last layer are
+        rescaled to the new ones (van Hasselt et al. 2016, PopArt). A target that was constant until now begins anew.
 
         :param inputs: ``(n, obs_dim + action_dim)``
         :param targets: ``(n, 1 + obs_dim)``
         """
-        mean, std = input_stats(inputs)
-        self.input_mean.copy_(mean)
-        self.input_std.copy_(std)
-        self.target_scale.copy_(target_scale(targets, self.target_scale))
+        operands = th.cat([targets[:, :1], inputs[:, : targets.shape[1] - 1]], dim=1)
+        input_mean, input_std = input_stats(inputs)
+        target_mean, target_std = target_stats(targets, operands)
+        if self.is_fitted:
+            self._rescale_first_layer(input_mean, input_std)
+            self._rescale_last_layer(target_mean, target_std)
+        self.input_mean.copy_(input_mean)
+        self.input_std.copy_(input_std)
+        self.target_mean.copy_(target_mean)
+        self.target_std.copy_(target_std)
 
-    def forward(self, inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param inputs: ``(n_members, batch, obs_dim + action_dim)``, not standardised
-        :return: Mean and log-variance of (reward, next_obs - obs), each ``(n_members, batch, 1 + obs_dim)``
-        """
-        return self._predict(inputs, list(self.weights), list(self.biases))
+    def _rescale_first_layer(self, mean: th.Tensor, std: th.Tensor) -> None:
+        weight, bias = self.weights[0], self.biases[0]
+        bias += standardised(mean, self.input_mean, self.input_std).to(weight)[None, None] @ weight
+        # What was constant has had no influence
+        weight *= (std / th.where(self.input_std > 0, self.input_std, th.inf)).to(weight)[:, None]
 
-    def _predict(
-        self, inputs: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]
+    def _rescale_last_layer(self, mean: th.Tensor, std: th.Tensor) -> None:
+        # Constant from now on: whatever is predicted
+        divisor = th.where(std > 0, std, 1.0)
+        factor, shift = self.target_std / divisor, (self.target_mean - mean) / divisor
+        weight, bias, n = self.weights[-1], self.biases[-1], len(factor)
+        weight[:, :, :n] *= factor.to(weight)
+        bias[:, :, :n] = bias[:, :, :n] * factor.to(weight) + shift.to(weight)
+        # A variance has the square of the factor, and so have its bounds
+        log_factor = th.where(factor > 0, 2 * factor.log(), 0.0).to(weight)
+        for log_var in (bias[:, :, n:], self.max_log_var, self.min_log_var):
+            log_var += log_factor
+
+    def forward(self, unit_inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param unit_inputs: See :meth:`unit_inputs`, ``(n_members, batch, obs_dim + action_dim)``
+        :return: Mean and log-variance of the unit targets, each ``(n_members, batch, 1 + obs_dim)``
+        """
+        return self._forward(unit_inputs, list(self.weights), list(self.biases))
+
+    def _forward(
+        self, hidden: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor]:
-        hidden = (inputs - self.input_mean) / self.input_std
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             hidden = F.silu(th.bmm(hidden, weight) + bias)
         mean, log_var = (th.bmm(hidden, weights[-1]) + biases[-1]).chunk(2, dim=-1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
-        return mean * self.target_scale, log_var + 2 * self.target_scale.log()
+        return mean, log_var
 
-    def loss(self, inputs: th.Tensor, targets: th.Tensor, parameters: Tensors | None = None) -> th.Tensor:
+    def loss(self, unit_inputs: th.Tensor, unit_targets: th.Tensor, parameters: Tensors | None = None) -> th.Tensor:
         """
         What training minimises: the likelihood of every member on its own batch, weight decay, and the penalty
         on the log-variance bounds.
 
-        :param inputs: ``(n_members, batch, obs_dim + action_dim)``
-        :param targets: ``(n_members, batch, 1 + obs_dim)``
+        :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
+        :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
         :param parameters: In place of its own, by their names
         :return: A scalar
         """
         parameters = dict(self.named_parameters()) if parameters is None else parameters
-        mean, log_var = functional_call(self, parameters, (inputs,))
+        mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
         bounds = BOUND_PENALTY * (parameters["max_log_var"].sum() - parameters["min_log_var"].sum())
-        return gaussian_nll(mean, log_var, targets).sum() + decay + bounds
+        return gaussian_nll(mean, log_var, unit_targets, self.varies).sum() + decay + bounds
 
     @th.no_grad()
-    def mse(self, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    def predict(self, inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param inputs: ``(n, obs_dim + action_dim)``, the same for every member
-        :param targets: ``(n, 1 + obs_dim)``
-        :return: Mean squared error of each member's mean, in units of ``target_scale``, ``(n_members,)``
+        :param inputs: (obs, action), raw, the same for every member, ``(n, obs_dim + action_dim)``
+        :return: Mean and standard deviation of (reward, next_obs - obs) by each member, raw, each
+            ``(n_members, n, 1 + obs_dim)``, in the precision of the inputs
         """
-        mean, _ = self(inputs.expand(self.n_members, -1, -1))
-        return ((mean - targets) / self.target_scale).square().mean(dim=(1, 2))
+        mean, log_var = self(self.unit_inputs(inputs).expand(self.n_members, -1, -1))
+        mean, std = self.target_mean + self.target_std * mean, self.target_std * th.exp(0.5 * log_var)
+        return mean.to(inputs), std.to(inputs)
 
     @th.no_grad()
     def nll(self, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """
-        Negative log-likelihood under what rollouts draw from, the mixture of the elites.
+        Negative log-likelihood under what rollouts draw from, the mixture of the elites. Constant dimensions are left out.
 
         :param inputs: (obs, action), ``(n, obs_dim + action_dim)``, raw units
         :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``, raw units
         :return: In nats, ``(n,)``
         """
-        mean, log_var = self(inputs.expand(self.n_members, -1, -1))
+        mean, log_var = self(self.unit_inputs(inputs).expand(self.n_members, -1, -1))
         elites = self.elites.long()
         normal = th.distributions.Normal(mean[elites], th.exp(0.5 * log_var[elites]))
-        log_likelihoods = normal.log_prob(targets).sum(dim=2)
-        return math.log(len(elites)) - log_likelihoods.logsumexp(dim=0)
+        log_likelihoods = (normal.log_prob(self.unit_targets(targets)) * self.varies).sum(dim=2)
+        # A density in raw units
+        volume = self.target_std[self.varies].log().sum().to(mean)
+        return math.log(len(elites)) - log_likelihoods.logsumexp(dim=0) + volume
 
     @th.no_grad()
     def sample(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -207,16 +231,17 @@ class Ensemble(nn.Module):
 
         :param obs: ``(n, obs_dim)``, raw units
         :param actions: ``(n, action_dim)``, in [-1, 1]
-        :return: Next observations ``(n, obs_dim)`` and rewards ``(n,)``
+        :return: Next observations ``(n, obs_dim)`` and rewards ``(n,)``, in the precision of the observations
         """
-        inputs = th.cat([obs, actions], dim=1)
+        inputs = self.unit_inputs(th.cat([obs, actions], dim=1))
         members = self.elites.long()[th.randint(len(self.elites), (len(inputs),), device=inputs.device)]
         output = inputs.new_empty(len(inputs), 1 + obs.shape[1])
         for member in members.unique().tolist():
             rows = (members == member).nonzero().squeeze(1)
             only = slice(member, member + 1)
-            mean, log_var = self._predict(
+            mean, log_var = self._forward(
                 inputs[None, rows], [weight[only] for weight in self.weights], [bias[only] for bias in self.biases]
             )
             output[rows] = (mean + th.exp(0.5 * log_var) * th.randn_like(mean)).squeeze(0)
-        return obs + output[:, 1:], output[:, 0]
+        raw = self.target_mean + self.target_std * output
+        return (obs + raw[:, 1:]).to(obs), raw[:, 0].to(obs)

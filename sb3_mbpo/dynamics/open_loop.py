@@ -7,6 +7,7 @@ import torch as th
 
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict
+from sb3_mbpo.dynamics.units import spread
 
 # (start obs, actions, particles) -> for each step observations and rewards
 OpenLoop = Callable[[th.Tensor, th.Tensor, int], Iterator[tuple[th.Tensor, th.Tensor]]]
@@ -155,17 +156,6 @@ class OpenLoopError(NamedTuple):
         """
         ratio = self.rmse.square() / self.spread.square()
         return th.where(self.spread > 0, 1 - ratio, th.nan)
-
-
-def spread(values: th.Tensor, operands: th.Tensor) -> th.Tensor:
-    """
-    :param values: ``(n, dim)``
-    :param operands: What they are differences of, or the values themselves, ``(n, dim)``
-    :return: Standard deviation of each column, ``(dim,)``. What varies by no more than the rounding of the operands has none.
-    """
-    std = values.double().std(dim=0, correction=0)
-    rounding = operands.double().abs().amax(dim=0) * th.finfo(th.float32).eps
-    return th.where(std > rounding, std, 0.0).to(values)
 
 
 def data_scale(transitions: Transitions) -> th.Tensor:

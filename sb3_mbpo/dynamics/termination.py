@@ -25,8 +25,8 @@ from stable_baselines3.common.vec_env import (
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_mbpo.dynamics.ensemble import input_stats
-from sb3_mbpo.dynamics.training import BATCH_SIZE, split_holdout
+from sb3_mbpo.dynamics.training import BATCH_SIZE, split_at_random
+from sb3_mbpo.dynamics.units import input_stats, standardised
 from sb3_mbpo.dynamics.user_functions import TransitionFn
 
 # (low, high)
@@ -266,8 +266,8 @@ class TerminationClassifier(nn.Module):
         self.input_mean: th.Tensor
         self.input_std: th.Tensor
         self.register_buffer("prior", th.tensor(-th.inf))
-        self.register_buffer("input_mean", th.zeros(obs_dim))
-        self.register_buffer("input_std", th.ones(obs_dim))
+        self.register_buffer("input_mean", th.zeros(obs_dim, dtype=th.float64))
+        self.register_buffer("input_std", th.ones(obs_dim, dtype=th.float64))
         self.optimizer = th.optim.Adam(self.network.parameters(), lr=1e-3)
 
     def forward(self, next_obs: th.Tensor) -> th.Tensor:
@@ -275,7 +275,7 @@ class TerminationClassifier(nn.Module):
         :param next_obs: ``(n, obs_dim)``, raw units
         :return: Log-odds of termination, ``(n,)``
         """
-        return self.network((next_obs - self.input_mean) / self.input_std) + self.prior
+        return self.network(standardised(next_obs, self.input_mean, self.input_std).to(self.prior)) + self.prior
 
     def fit(self, next_obs: th.Tensor, terminated: th.Tensor) -> float:
         """
@@ -283,7 +283,7 @@ class TerminationClassifier(nn.Module):
         gives, and keep the best weights. Rare
         terminations are not given more weight: the probabilities would be wrong.
 
-        :param next_obs: ``(n, obs_dim)``, raw units, float32
+        :param next_obs: ``(n, obs_dim)``, raw units
         :param terminated: ``(n,)``, bool or float; a timeout is not a termination
         :return: Cross-entropy on the held-out rows; 0 if all rows are terminal or none is, which is then predicted exactly
         """
@@ -295,7 +295,7 @@ class TerminationClassifier(nn.Module):
         self.input_mean.copy_(mean)
         self.input_std.copy_(std)
 
-        train, holdout = split_holdout(len(next_obs), next_obs.device)
+        train, holdout = split_at_random(len(next_obs), next_obs.device)
         enough = SOLVED * F.binary_cross_entropy(labels.mean(), labels.mean()).item()
         best_loss, best_weights, since_improvement = th.inf, {}, 0
         for look in range(MAX_LOOKS + 1):

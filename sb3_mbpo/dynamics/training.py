@@ -1,7 +1,7 @@
-"""Fitting the ensemble: bootstraps, holdout, early stopping, best weights of each member, elites."""
+"""Fitting the ensemble: with a budget of gradient steps, or as in the paper until no member improves."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -10,9 +10,21 @@ from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
 from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.dynamics.units import huber
 from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
+# With a budget: share of the transitions that no training ever sees, and of how many of them the model is measured on
+HELD_OUT = 0.1
+MAX_MEASURED = 2_000
+# The first training has the budget of this many environment steps, if there were fewer
+MIN_FIRST_STEPS = 2_000
+# Batches whose rows are drawn at once
+DRAWN_AT_ONCE = 64
+# See `weight_decay`
+MAX_WEIGHT_DECAY, ROWS_OF_PRIOR = 0.3, 1_000
+
+# The paper's rule
 HOLDOUT_RATIO = 0.2
 MAX_HOLDOUT = 5_000
 # A member improves if its holdout error falls by more than this share of its best
@@ -24,27 +36,66 @@ PATIENCE = 5
 # poor models.
 MIN_EPOCH_ROWS = 4_000
 
-# What `train_step` is compiled to
-CompiledStep = Callable[[Ensemble, TrainState, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+# `train_step`, or what it is compiled to
+Step = Callable[[Ensemble, TrainState, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
 
 class FitResult(NamedTuple):
     """
     What one training of the ensemble did.
 
-    :param train_loss: Mean loss of the last epoch
-    :param holdout_mse: Mean squared holdout error of the elites, raw units (huge or tiny targets: see ``target_scale``)
-    :param epochs: Epochs until early stopping
+    :param train_loss: Mean loss, of the last epoch or of the whole budget
+    :param gradient_steps: How many there were
+    :param r2: Share of the variance of the reward and of each dimension's change that the elites' mean explains in held-out
+        transitions, ``(1 + obs_dim,)``: 1 is perfect, 0 is as good as a constant. NaN where there is no variance.
+    :param n_measured: Of how many transitions that is
     """
 
     train_loss: float
-    holdout_mse: float
-    epochs: int
+    gradient_steps: int
+    r2: th.Tensor
+    n_measured: int
 
 
-def split_holdout(n: int, device: th.device | str = "cpu") -> tuple[th.Tensor, th.Tensor]:
+def budget(steps_per_env_step: float, n_new: int, is_first: bool) -> int:
     """
-    Split rows at random into training and holdout, the latter 20 % but 5,000 at most.
+    :param steps_per_env_step: Gradient steps of the model for each environment step
+    :param n_new: Environment steps since it was last trained
+    :param is_first: Whether it has never been trained, and must learn everything
+    :return: Gradient steps of the training, at least one
+    """
+    return max(1, round(steps_per_env_step * (max(n_new, MIN_FIRST_STEPS) if is_first else n_new)))
+
+
+def weight_decay(n: int) -> float:
+    """
+    By how much the weights shrink at each step, so that an ensemble that sees few transitions hundreds of times does not
+    become sure of what it makes of them. A prior that counts as much as 1,000 transitions: the more data, the less.
+
+    :param n: Number of training rows
+    :return: Decoupled weight decay (Loshchilov & Hutter 2019) as a share of the learning rate
+    """
+    return min(MAX_WEIGHT_DECAY, ROWS_OF_PRIOR / n)
+
+
+def split_for_good(n: int, device: th.device | str = "cpu") -> tuple[th.Tensor, th.Tensor]:
+    """
+    Hold out a tenth of the rows, the same ones whenever there are more: what no training has seen tells how good a model is.
+    They are spread evenly, but in no rhythm that parallel environments could have: the multiples of the golden ratio.
+
+    :param n: Number of rows, at least two
+    :return: Indices for training and for holdout
+    """
+    rows = th.arange(n, device=device)
+    held_out = (rows.double() * (math.sqrt(5) - 1) / 2) % 1 >= 1 - HELD_OUT
+    if not held_out.any():
+        held_out[-1] = True
+    return rows[~held_out], rows[held_out]
+
+
+def split_at_random(n: int, device: th.device | str = "cpu") -> tuple[th.Tensor, th.Tensor]:
+    """
+    Split rows at random into training and holdout, the latter 20 % but 5,000 at most (authors' release).
 
     :param n: Number of rows, at least two
     :return: Indices for training and for holdout
@@ -72,25 +123,119 @@ def shuffle_rows(indices: th.Tensor) -> th.Tensor:
 
 
 def train_step(
-    ensemble: Ensemble, state: TrainState, inputs: th.Tensor, targets: th.Tensor, coefficients: th.Tensor
+    ensemble: Ensemble, state: TrainState, unit_inputs: th.Tensor, unit_targets: th.Tensor, coefficients: th.Tensor
 ) -> th.Tensor:
     """
     One step of Adam, in place, as a function of tensors that can be compiled to one graph.
 
-    :param ensemble: Architecture and input statistics
+    :param ensemble: Architecture
     :param state: Changed
-    :param inputs: ``(n_members, batch, obs_dim + action_dim)``
-    :param targets: ``(n_members, batch, 1 + obs_dim)``
-    :param coefficients: Adam's, ``(7,)``
+    :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
+    :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
+    :param coefficients: Adam's, and what the weights are multiplied with, ``(8,)``
     :return: Loss before the step
     """
 
     def loss(parameters: Tensors) -> th.Tensor:
-        return ensemble.loss(inputs, targets, parameters)
+        return ensemble.loss(unit_inputs, unit_targets, parameters)
 
     gradients, value = grad_and_value(loss)(state.parameters)
-    adam_step(state, gradients, coefficients)
+    for name, parameter in state.parameters.items():
+        if name.startswith("weights."):
+            parameter.mul_(coefficients[7])
+    adam_step(state, gradients, coefficients[:7])
     return value
+
+
+def _numbers(ensemble: Ensemble, n_steps: int, decay: float) -> th.Tensor:
+    """The coefficients of :func:`train_step` for the next steps, ``(n_steps, 8)``."""
+    shrink = 1 - decay * ensemble.optimizer.param_groups[0]["lr"]
+    adams = coefficients(ensemble.optimizer, n_steps)
+    return th.cat([adams, adams.new_full((n_steps, 1), shrink)], dim=1)
+
+
+def _train_state(ensemble: Ensemble) -> TrainState:
+    """The ensemble's own tensors, not copies."""
+    names = [name for name, _ in ensemble.named_parameters()]
+    return TrainState(*(dict(zip(names, each, strict=True)) for each in live_tensors(ensemble.optimizer)))
+
+
+@th.no_grad()
+def try_step(ensemble: Ensemble, step: Step) -> None:
+    """
+    Make a step on a copy, on a batch of zeros: it is compiled then.
+
+    :param ensemble: Not changed
+    :param step: What :func:`train_step` is compiled to
+    """
+    n_in, n_out = ensemble.weights[0].shape[1], ensemble.weights[-1].shape[2] // 2
+    inputs, targets = (ensemble.weights[0].new_zeros(ensemble.n_members, BATCH_SIZE, n) for n in (n_in, n_out))
+    state = TrainState(*({name: tensor.clone() for name, tensor in each.items()} for each in _train_state(ensemble)))
+    ensemble.train()
+    step(ensemble, state, inputs, targets, _numbers(ensemble, 1, 0.0)[0])
+    ensemble.eval()
+
+
+@th.no_grad()
+def train_on(
+    ensemble: Ensemble,
+    inputs: th.Tensor,
+    targets: th.Tensor,
+    batches: Iterable[th.Tensor],
+    n_steps: int,
+    compiled_step: Step | None = None,
+    decay: float = 0.0,
+) -> th.Tensor:
+    """
+    One gradient step on each batch.
+
+    :param ensemble: Trained in place
+    :param inputs: (obs, action), raw, ``(n, obs_dim + action_dim)``
+    :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``
+    :param batches: For each step the rows of each member, ``(n_members, batch)``
+    :param n_steps: Number of batches
+    :param compiled_step: What :func:`train_step` was compiled to, for batches of 256
+    :param decay: Share of the learning rate by which weights shrink at each step (see :func:`weight_decay`)
+    :return: Loss of each step, ``(n_steps,)``
+    """
+    state, losses = _train_state(ensemble), []
+    for rows, of_step in zip(batches, _numbers(ensemble, n_steps, decay).unbind(), strict=True):
+        x, y = (array.index_select(0, rows.reshape(-1)).view(*rows.shape, -1) for array in (inputs, targets))
+        step = compiled_step if compiled_step is not None and rows.shape[1] == BATCH_SIZE else train_step
+        losses.append(step(ensemble, state, ensemble.unit_inputs(x), ensemble.unit_targets(y), of_step))
+    count_steps(ensemble.optimizer, n_steps)
+    return th.stack(losses)
+
+
+@th.no_grad()
+def holdout_errors(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    Mean squared error in the ensemble's units, linear beyond five of them: a handful of jumps do not decide which member is
+    the best.
+
+    :param ensemble: Not changed
+    :param inputs: (obs, action), raw, the same for every member, ``(n, obs_dim + action_dim)``
+    :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``
+    :return: Of each member, ``(n_members,)``
+    """
+    mean, _ = ensemble(ensemble.unit_inputs(inputs).expand(ensemble.n_members, -1, -1))
+    return (huber(mean - ensemble.unit_targets(targets)) * ensemble.varies).mean(dim=(1, 2))
+
+
+@th.no_grad()
+def r2(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    :param ensemble: Not changed
+    :param inputs: (obs, action), raw, ``(n, obs_dim + action_dim)``
+    :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``
+    :return: Share of the variance of each target that the mean of the elites explains, ``(1 + obs_dim,)``; NaN where there is
+        no variance
+    """
+    mean, _ = ensemble(ensemble.unit_inputs(inputs).expand(ensemble.n_members, -1, -1))
+    truth = ensemble.unit_targets(targets)
+    residual = (mean[ensemble.elites.long()].mean(dim=0) - truth).square().mean(dim=0)
+    variance = truth.var(dim=0, correction=0)
+    return th.where(ensemble.varies & (variance > 0), 1 - residual / variance, th.nan)
 
 
 class BestWeights:
@@ -126,89 +271,84 @@ class BestWeights:
             parameter.copy_(saved)
 
 
-def _train_state(ensemble: Ensemble) -> TrainState:
-    """The ensemble's own tensors, not copies."""
-    names = [name for name, _ in ensemble.named_parameters()]
-    return TrainState(*(dict(zip(names, each, strict=True)) for each in live_tensors(ensemble.optimizer)))
-
-
-@th.no_grad()
-def try_step(ensemble: Ensemble, step: CompiledStep) -> None:
+def _train_within_budget(
+    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, train: th.Tensor, n_steps: int, compiled_step: Step | None
+) -> float:
     """
-    Make a step on a copy, on a batch of zeros: it is compiled then.
+    Gradient steps on batches that each member draws from all rows.
 
-    :param ensemble: Not changed
-    :param step: What :func:`train_step` is compiled to
-    """
-    n_in, n_out = ensemble.weights[0].shape[1], ensemble.weights[-1].shape[2] // 2
-    inputs, targets = (ensemble.input_mean.new_zeros(ensemble.n_members, BATCH_SIZE, n) for n in (n_in, n_out))
-    state = TrainState(*({name: tensor.clone() for name, tensor in each.items()} for each in _train_state(ensemble)))
-    ensemble.train()
-    step(ensemble, state, inputs, targets, coefficients(ensemble.optimizer, 1)[0])
-    ensemble.eval()
-
-
-def train_epoch(
-    ensemble: Ensemble,
-    inputs: th.Tensor,
-    targets: th.Tensor,
-    indices: th.Tensor,
-    compiled_step: CompiledStep | None = None,
-    batch_size: int = BATCH_SIZE,
-) -> th.Tensor:
-    """
-    Go through each member's own rows.
-
-    :param ensemble: Trained in place
-    :param inputs: (obs, action), ``(n, obs_dim + action_dim)``
-    :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``
-    :param indices: Rows of each member in their order, ``(n_members, n_rows)``
-    :param compiled_step: What :func:`train_step` was compiled to, for the full batches of 256
-    :param batch_size: Rows in a step
     :return: Mean loss
     """
 
-    def batch(rows: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        x, y = (array.index_select(0, rows.reshape(-1)).view(*rows.shape, -1) for array in (inputs, targets))
-        return x, y
+    def batches() -> Iterator[th.Tensor]:
+        for first in range(0, n_steps, DRAWN_AT_ONCE):
+            n = min(DRAWN_AT_ONCE, n_steps - first)
+            drawn = train[th.randint(len(train), (n, ensemble.n_members, BATCH_SIZE), device=train.device)]
+            yield from drawn.unbind()
 
-    losses = []
-    batches = list(indices.split(batch_size, dim=1))
-    if compiled_step is not None and batch_size == BATCH_SIZE:
-        n_full = indices.shape[1] // BATCH_SIZE
-        full, batches = batches[:n_full], batches[n_full:]
-        state = _train_state(ensemble)
-        with th.no_grad():
-            for rows, numbers in zip(full, coefficients(ensemble.optimizer, n_full).unbind(), strict=True):
-                losses.append(compiled_step(ensemble, state, *batch(rows), numbers))
-        count_steps(ensemble.optimizer, n_full)
-    for rows in batches:
-        loss = ensemble.loss(*batch(rows))
-        ensemble.optimizer.zero_grad()
-        loss.backward()
-        ensemble.optimizer.step()
-        losses.append(loss.detach())
-    return th.stack(losses).mean()
+    loss = train_on(ensemble, inputs, targets, batches(), n_steps, compiled_step, weight_decay(len(train))).mean()
+    _refuse_divergence(loss)
+    return loss.item()
+
+
+def _train_until_no_improvement(
+    ensemble: Ensemble,
+    inputs: th.Tensor,
+    targets: th.Tensor,
+    train: th.Tensor,
+    holdout: th.Tensor,
+    compiled_step: Step | None,
+) -> tuple[float, int]:
+    """
+    Epochs over the same bootstraps until five pass in which no member improves on held-out rows; each member gets its best
+    weights back (paper, section 5 and Appendix C; details of the authors' release).
+
+    :return: Mean loss of the last epoch, and the number of gradient steps
+    """
+    best = BestWeights(ensemble)
+    indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
+    # With less data than that, each pass is one step: more rows would be the same ones again
+    batch_size = min(BATCH_SIZE, len(train))
+    n_passes = math.ceil(MIN_EPOCH_ROWS / max(len(train), BATCH_SIZE))
+    since_improvement = n_steps = 0
+    while since_improvement < PATIENCE:
+        epoch = th.cat([shuffle_rows(indices) for _ in range(n_passes)], dim=1)
+        batches = epoch.split(batch_size, dim=1)
+        loss = train_on(ensemble, inputs, targets, batches, len(batches), compiled_step).mean()
+        n_steps += len(batches)
+        mse = holdout_errors(ensemble, inputs[holdout], targets[holdout])
+        _refuse_divergence(loss + mse.sum())
+        since_improvement = 0 if best.update(mse) else since_improvement + 1
+    best.restore()
+    return loss.item(), n_steps
+
+
+def _refuse_divergence(value: th.Tensor) -> None:
+    if not value.isfinite():
+        raise DivergenceError(
+            "Training of the dynamics model diverged: its error is not finite. Its weights are those from before. Lower "
+            "`model_learning_rate`."
+        )
 
 
 def fit(
     ensemble: Ensemble,
     inputs: th.Tensor,
     targets: th.Tensor,
-    max_epochs: int | None = None,
-    compiled_step: CompiledStep | None = None,
+    n_steps: int | None = None,
+    compiled_step: Step | None = None,
 ) -> FitResult:
     """
-    Train the ensemble from its present weights until no member improves on held-out data for 5 epochs (paper, section 5
-    and Appendix C; details of the authors' release). An epoch is one pass over the training rows, or, if they are fewer
-    than 4,000, as many as make 16 steps of Adam.
+    Train the ensemble from its present weights on all transitions but those held out, in units refitted to them.
 
     :param ensemble: Trained in place
-    :param inputs: (obs, action), ``(n, obs_dim + action_dim)``, float32
-    :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``, float32
-    :param max_epochs: Epochs after which training stops in any case
+    :param inputs: (obs, action), raw, ``(n, obs_dim + action_dim)``, in the precision that the data have
+    :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``, in the precision that the data have
+    :param n_steps: Gradient steps (see :func:`budget`). None: as many epochs as the paper's rule takes, until no member
+        improves on held-out transitions for 5 epochs. An epoch is one pass over the training rows, or, if they are fewer
+        than 4,000, as many as make 16 gradient steps.
     :param compiled_step: What :func:`train_step` was compiled to
-    :return: Losses and number of epochs
+    :return: What was done, and how good the model is
     :raises ValueError: if there are fewer than two rows, or if a row is not finite
     :raises DivergenceError: if training diverges; the ensemble and its optimizer are then as they were before
     """
@@ -220,29 +360,19 @@ def fit(
             row = int((~finite).nonzero()[0])
             raise ValueError(f"The {name} of transition {row} are not finite: {array[row].tolist()}")
 
-    train, holdout = split_holdout(len(inputs), inputs.device)
     before = deepcopy([ensemble.state_dict(), ensemble.optimizer.state_dict()])
-    best = BestWeights(ensemble)
-    ensemble.set_stats(inputs[train], targets[train])
-    indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
-    held_out = inputs[holdout], targets[holdout]
-    # With less data than that, each pass is one step: more rows would be the same ones again
-    batch_size = min(BATCH_SIZE, len(train))
-    n_passes = math.ceil(MIN_EPOCH_ROWS / max(len(train), BATCH_SIZE))
+    ensemble.set_stats(inputs, targets)
     try:
         ensemble.train()
-        epochs, epochs_since_improvement = 0, 0
-        while epochs_since_improvement < PATIENCE and (max_epochs is None or epochs < max_epochs):
-            epoch = th.cat([shuffle_rows(indices) for _ in range(n_passes)], dim=1)
-            train_loss = train_epoch(ensemble, inputs, targets, epoch, compiled_step, batch_size)
-            epochs += 1
-            mse = ensemble.mse(*held_out)
-            if not (th.isfinite(mse).all() and th.isfinite(train_loss)):
-                raise DivergenceError(
-                    f"Training of the dynamics model diverged in epoch {epochs}: holdout errors {mse.tolist()}. Its weights "
-                    "are those from before. Lower `model_learning_rate` or scale the observations and rewards."
-                )
-            epochs_since_improvement = 0 if best.update(mse) else epochs_since_improvement + 1
+        if n_steps is None:
+            train, holdout = split_at_random(len(inputs), inputs.device)
+            loss, n_steps = _train_until_no_improvement(ensemble, inputs, targets, train, holdout, compiled_step)
+        else:
+            train, holdout = split_for_good(len(inputs), inputs.device)
+            loss = _train_within_budget(ensemble, inputs, targets, train, n_steps, compiled_step)
+        holdout = holdout[:: math.ceil(len(holdout) / MAX_MEASURED)]
+        errors = holdout_errors(ensemble, inputs[holdout], targets[holdout])
+        _refuse_divergence(errors.sum())
     # An interruption too: what is saved then must not be half-trained
     except BaseException:
         ensemble.load_state_dict(before[0])
@@ -250,8 +380,6 @@ def fit(
         ensemble.eval()
         raise
     ensemble.eval()
-    best.restore()
-    elites = best.mse.argsort()[: len(ensemble.elites)]
-    ensemble.elites.copy_(elites)
+    ensemble.elites.copy_(errors.argsort()[: len(ensemble.elites)])
     ensemble.n_fits += 1
-    return FitResult(train_loss.item(), best.mse[elites].mean().item(), epochs)
+    return FitResult(loss, n_steps, r2(ensemble, inputs[holdout], targets[holdout]), len(holdout))

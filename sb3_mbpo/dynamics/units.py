@@ -1,0 +1,110 @@
+"""The units in which the ensemble learns: each input and each target has a mean of 0 and a spread of 1, whatever its own."""
+
+import math
+
+import torch as th
+
+# Values further from the mean than this many standard deviations count as if they were there. That is repeated until hardly
+# anything changes, so that fewer than 1 / 5**2 = 4 % of jumps do not decide on the scale of the rest.
+MAX_DEVIATION = 5.0
+N_CLIPPINGS = 20
+# Rows that are clipped, evenly among all: a second for 300,000 of them would be too long
+MAX_CLIPPED = 10_000
+# Roundings in the arithmetic of an environment
+ROUNDINGS = 4
+
+
+def rounding(values: th.Tensor) -> th.Tensor:
+    """
+    :param values: ``(n, dim)``
+    :return: By how much the largest number of each column may be off in its own precision, after some arithmetic, float64,
+        ``(dim,)``
+    """
+    return ROUNDINGS * values.abs().amax(dim=0).double() * th.finfo(values.dtype).eps
+
+
+def spread(values: th.Tensor, operands: th.Tensor) -> th.Tensor:
+    """
+    :param values: ``(n, dim)``
+    :param operands: What they are differences of, or the values themselves, ``(n, dim)``
+    :return: Standard deviation of each column, ``(dim,)``. What varies by no more than the rounding of the operands has none.
+    """
+    std = values.double().std(dim=0, correction=0)
+    return th.where(std > rounding(operands), std, 0.0).to(values)
+
+
+def huber(z: th.Tensor) -> th.Tensor:
+    """
+    :param z: Errors in standard deviations
+    :return: Their squares, which go on as straight lines beyond five standard deviations (Huber 1964), so that a few rows do
+        not outweigh all others
+    """
+    size = z.abs()
+    return th.where(size <= MAX_DEVIATION, z.square(), MAX_DEVIATION * (2 * size - MAX_DEVIATION))
+
+
+def standardised(values: th.Tensor, mean: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """
+    :param values: ``(..., dim)``
+    :param mean: ``(dim,)``
+    :param std: 0 where values were constant, ``(dim,)``
+    :return: Distance from the mean in standard deviations; 0 where values were constant, whatever they are now
+    """
+    return (values - mean) / th.where(std > 0, std, th.inf)
+
+
+def input_stats(inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    What inputs are standardised with: mean, and standard deviation, which is 0 where an input is constant.
+
+    :param inputs: ``(n, dim)``
+    :return: Mean and standard deviation, float64, each ``(dim,)``
+    """
+    std, mean = th.std_mean(inputs.double(), dim=0, correction=0)
+    return mean, th.where(std > rounding(inputs), std, 0.0)
+
+
+def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    What targets are standardised with: mean, and spread, which is 0 where a target is constant.
+
+    The spread of the reward is its standard deviation, as errors of rewards add up whatever their size. That of a change of
+    the observation is the geometric mean of its standard deviation and of that of its bulk: an angle that wraps, or an
+    impact, neither makes all else tiny nor is out of reach.
+
+    :param targets: (reward, next_obs - obs), ``(n, dim)``
+    :param operands: (reward, obs), whose precision limits that of the targets, ``(n, dim)``
+    :return: Mean and spread, float64, each ``(dim,)``
+    """
+    least = th.maximum(rounding(operands), rounding(targets))
+    std, mean = th.std_mean(targets.double(), dim=0, correction=0)
+    of_bulk = bulk_std(targets)
+    # Without the jumps it is constant: they are all there is to learn
+    scale = th.where(of_bulk > least, (std * of_bulk).sqrt(), std)
+    scale[0] = std[0]
+    return mean, th.where(std > least, scale, 0.0)
+
+
+def bulk_std(values: th.Tensor) -> th.Tensor:
+    """
+    :param values: ``(n, dim)``
+    :return: Standard deviation of what lies within five of them of the mean; the rest counts as if it lay there. float64,
+        ``(dim,)``
+    """
+    some = values[:: math.ceil(len(values) / MAX_CLIPPED)].double()
+    std, mean = th.std_mean(some, dim=0, correction=0)
+    for _ in range(N_CLIPPINGS):
+        std, mean = th.std_mean(some.clamp(mean - MAX_DEVIATION * std, mean + MAX_DEVIATION * std), dim=0, correction=0)
+    return std
+
+
+def lost_in_float32(obs: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+    """
+    :param obs: ``(n, obs_dim)``
+    :param next_obs: ``(n, obs_dim)``
+    :return: Which dimensions change, but by so little beside their values that float32 has less than ten numbers for it, bool,
+        ``(obs_dim,)``
+    """
+    size = (next_obs - obs).double().square().mean(dim=0).sqrt()
+    one_float32 = obs.abs().amax(dim=0).double() * th.finfo(th.float32).eps
+    return (size > 0) & (size < 10 * one_float32) & (spread(obs, obs) > 0)

@@ -1,0 +1,167 @@
+"""The model's units: whatever those of the environment are, training, errors and calibration are the same."""
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sb3_mbpo.dynamics.training import fit, split_for_good
+from sb3_mbpo.dynamics.units import input_stats, lost_in_float32, spread, target_stats
+from tests.test_ensemble import make_ensemble
+
+FACTORS = st.floats(1e-4, 1e4)
+
+
+def system(n=1_500, seed=0):
+    """A nonlinear system with noise, float64: (obs, action) and (reward, change)."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(0, 1, (n, 4))
+    matrix = rng.normal(0, 1, (4, 4))
+    targets = np.tanh(inputs @ matrix) + [0.1, 0.3, 0.05, 0.02] * rng.normal(0, 1, (n, 4))
+    return th.tensor(inputs), th.tensor(targets)
+
+
+def trained(inputs, targets, n_steps):
+    """Its result on held-out rows, and the share of the truth within one predicted standard deviation."""
+    th.manual_seed(1)
+    ensemble = make_ensemble(3, 1, (32, 32))
+    result = fit(ensemble, inputs, targets, n_steps)
+    _, holdout = split_for_good(len(inputs))
+    mean, std = ensemble.predict(inputs[holdout])
+    inside = ((mean - targets[holdout]).abs() < std)[ensemble.elites.long()].double().mean(dim=(0, 1))
+    return result, inside
+
+
+@pytest.mark.parametrize("n_steps", [400, None], ids=["budget", "paper"])
+def test_the_same_in_any_units(n_steps):
+    """Any dimension in 1e-4 or 1e4 times its units, or 1e6 further; the reward in 1e-3 or 1e3 times its units."""
+    inputs, targets = system()
+    result, inside = trained(inputs, targets, n_steps)
+    assert result.r2.min() > 0.5
+    changes = {
+        "scaled down": ([1, 1e-4, 1, 1], 0),
+        "scaled up": ([1, 1, 1e4, 1e-4], 0),
+        "small reward": ([1e-3, 1, 1, 1], 0),
+        "large reward": ([1e3, 1, 1, 1e4], 0),
+        "shifted": ([1, 1, 1, 1], 1e6),
+    }
+    for name, (factors, shift) in changes.items():
+        factors = th.tensor(factors, dtype=th.float64)
+        of_inputs = th.cat([factors[1:], th.ones(1)])
+        shifts = th.tensor([0, shift, 0, 0], dtype=th.float64)
+        other, other_inside = trained(inputs * of_inputs + shifts, targets * factors, n_steps)
+        # The same random numbers: what differs is rounding, which in epochs may add up to another stop
+        tolerance = 0.01 if n_steps else 0.05
+        np.testing.assert_allclose(other.r2, result.r2, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(other_inside, inside, atol=2 * tolerance, err_msg=name)
+        assert other.gradient_steps == pytest.approx(result.gradient_steps, rel=0 if n_steps else 0.3), name
+        assert other.train_loss == pytest.approx(result.train_loss, abs=tolerance * 20), name
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    arrays(float, (2, 4), elements=FACTORS),
+    arrays(float, (2, 4), elements=st.floats(-5, 5)),
+    st.integers(0, 1_000),
+)
+def test_predictions_stay_when_units_change(factors, shifts, seed):
+    """Both statistics move at once, and what a fitted ensemble says in raw units does not."""
+    th.manual_seed(seed)
+    ensemble = make_ensemble(3, 1, (8, 8)).double()
+    ensemble.set_stats(th.randn(50, 4).double(), th.randn(50, 4).double())
+    ensemble.n_fits += 1
+    with th.no_grad():
+        for parameter in ensemble.parameters():
+            parameter += 0.1 * th.randn_like(parameter)
+    inputs = th.randn(20, 4).double()
+    before = ensemble.predict(inputs)
+    data = [
+        th.randn(50, 4).double() * th.tensor(factor) + th.tensor(shift) for factor, shift in zip(factors, shifts, strict=True)
+    ]
+    ensemble.set_stats(*data)
+    np.testing.assert_allclose(ensemble.target_std, data[1].std(0, correction=0), rtol=1e-9)
+    for one, other in zip(before, ensemble.predict(inputs), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-9)
+
+
+def test_constant_dimensions_are_predicted_exactly():
+    """A clock that advances by 0.25, a dimension that stays, a reward of -1: also in samples, and wherever they are."""
+    th.manual_seed(0)
+    inputs, targets = system(300)
+    targets[:, 0], targets[:, 1], targets[:, 2] = -1.0, 0.25, 0.0
+    ensemble = make_ensemble(3, 1, (16,))
+    result = fit(ensemble, inputs, targets, 50)
+    assert result.r2[:3].isnan().all() and not result.r2[3].isnan()
+    next_obs, rewards = ensemble.sample(inputs[:, :3], inputs[:, 3:])
+    assert (rewards == -1).all()
+    assert th.equal(next_obs[:, 0], inputs[:, 0] + 0.25) and th.equal(next_obs[:, 1], inputs[:, 1])
+    assert (next_obs[:, 2] != inputs[:, 2]).all()
+    assert ensemble.nll(inputs, targets).isfinite().all()
+
+
+def test_nothing_varies():
+    ensemble = make_ensemble(3, 1, (16,))
+    inputs = th.ones(100, 4)
+    result = fit(ensemble, inputs, th.zeros(100, 4), 20)
+    assert result.r2.isnan().all() and np.isfinite(result.train_loss)
+    next_obs, rewards = ensemble.sample(inputs[:, :3], inputs[:, 3:])
+    assert th.equal(next_obs, inputs[:, :3]) and (rewards == 0).all()
+
+
+def test_what_was_constant_is_learned_when_it_varies():
+    th.manual_seed(0)
+    inputs, targets = system(600)
+    still_inputs, still_targets = inputs.clone(), targets.clone()
+    still_inputs[:, 1], still_targets[:, 2] = 0.5, 0.0
+    ensemble = make_ensemble(3, 1, (32, 32))
+    fit(ensemble, still_inputs, still_targets, 300)
+    before = ensemble.predict(still_inputs)[0]
+    ensemble.set_stats(inputs, targets)
+    # Only the scale has changed yet
+    np.testing.assert_allclose(ensemble.predict(still_inputs)[0], before, atol=1e-4)
+    fit(ensemble, inputs, targets, 600)
+    assert fit(ensemble, inputs, targets, 1).r2.min() > 0.6
+
+
+def test_rounding_noise_is_no_target():
+    th.manual_seed(0)
+    inputs, targets = th.randn(400, 4), th.randn(400, 4)
+    for noise in (1e-22, 1e-7):
+        targets[:, 2] = noise * th.randn(400)
+        ensemble = make_ensemble(3, 1, (4,))
+        ensemble.set_stats(inputs, targets)
+        assert ensemble.varies.tolist() == [True, True, False, True]
+    # In float64, changes of 1e-7 are 500 million times its rounding
+    ensemble.set_stats(inputs.double(), targets.double())
+    assert ensemble.varies.all()
+
+
+def test_spread_and_stats_against_numpy():
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 2, (1_000, 3))
+    values[:, 1] = 7.1
+    mean, std = input_stats(th.tensor(values))
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std[[0, 2]], values.std(0)[[0, 2]], rtol=1e-12)
+    assert std[1] == 0
+    operands = th.tensor(values) * 1e3
+    mean, std = target_stats(th.tensor(values), operands)
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, [values[:, 0].std(), 0, values[:, 2].std()], rtol=1e-12)
+    np.testing.assert_allclose(spread(th.tensor(values), operands), std, rtol=1e-12)
+
+
+def test_what_float32_cannot_hold():
+    """A clock in Unix time, in either precision; not what stays, and not the rounding of what stays."""
+    rng = np.random.default_rng(0)
+    seconds = 1.7e9 + 60 * np.arange(500.0)
+    still = np.full(500, 1e6)
+    jitter = 0.3 + 1e-16 * rng.integers(0, 2, 500)
+    angle = np.cumsum(rng.normal(0, 0.01, 500))
+    far = 1e6 + np.cumsum(rng.normal(0, 0.5, 500))
+    columns = np.stack([seconds, still, jitter, angle, far], axis=1)
+    for dtype in (th.float64, th.float32):
+        data = th.tensor(columns, dtype=dtype)
+        assert lost_in_float32(data[:-1], data[1:]).tolist() == [True, False, False, False, True]
