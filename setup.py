@@ -82,7 +82,7 @@ setup(
         "zoo": ZOO,
         "diagnostics": DIAGNOSTICS,
         "demo": ["gymnasium[mujoco]", "matplotlib", "tqdm", "rich"],
-        "benchmarks": [*BENCHMARKS, "sbx-rl>=0.20"],
+        "benchmarks": [*BENCHMARKS, "sbx-rl>=0.20", "shimmy[dm-control]>=2"],
         "cluster": CLUSTER,
         "docs": DOCS,
         "tests": [

@@ -39,7 +39,7 @@ from sb3_mbpo.buffers import ModelReplayBuffer, ResidentTransitions, model_buffe
 from sb3_mbpo.compilation import compiled
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import rollout
-from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_epoch, train_step, try_step
+from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_on, train_step, try_step
 from sb3_mbpo.model_env import ROLLOUTS_AT_ONCE
 from sb3_mbpo.update import sac_update, try_update
 
@@ -188,12 +188,14 @@ def updates(task: str, rounds: int) -> Iterator[Result]:
     yield from rates(f"gradient updates, {task}", seconds, GRADIENT_STEPS, "updates/s", "SB3 SAC")
 
 
-def random_batches(obs_dim: int, action_dim: int, n_members: int, n_batches: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+def random_batches(
+    obs_dim: int, action_dim: int, n_members: int, n_batches: int
+) -> tuple[th.Tensor, th.Tensor, list[th.Tensor], int]:
     """
-    :return: Inputs and targets of 20,000 rows, and rows for each member to go through
+    :return: Inputs and targets of 20,000 rows, batches of rows for each member, and their number
     """
     inputs, targets = th.randn(20_000, obs_dim + action_dim), th.randn(20_000, 1 + obs_dim)
-    return inputs, targets, th.randint(20_000, (n_members, n_batches * BATCH_SIZE))
+    return inputs, targets, list(th.randint(20_000, (n_batches, n_members, BATCH_SIZE))), n_batches
 
 
 def model_training(task: str, rounds: int) -> Iterator[Result]:
@@ -207,8 +209,8 @@ def model_training(task: str, rounds: int) -> Iterator[Result]:
     products = products_alone(lambda: try_step(ensemble, train_step), (7, BATCH_SIZE, 200))
     seconds = alternate(
         {
-            "eager": lambda: train_epoch(ensemble, *arrays),
-            "compiled": lambda: train_epoch(ensemble, *arrays, compiled(train_step, "cpu")),
+            "eager": lambda: train_on(ensemble, *arrays),
+            "compiled": lambda: train_on(ensemble, *arrays, compiled(train_step, "cpu")),
             "its matrix products alone": repeated(products, n_batches),
         },
         rounds,
@@ -368,7 +370,7 @@ def growth(rounds: int) -> Iterator[Result]:
             n_in, n_out = ensemble.weights[0].shape[1], ensemble.weights[-1].shape[2] // 2
             arrays = random_batches(n_out - 1, n_in - n_out + 1, ensemble.n_members, n_batches)
             try_step(ensemble, compiled(train_step, "cpu"))
-            cases[f"{size:,}"] = partial(train_epoch, ensemble, *arrays, compiled(train_step, "cpu"))
+            cases[f"{size:,}"] = partial(train_on, ensemble, *arrays, compiled(train_step, "cpu"))
         return cases
 
     def sized(obs_dim: int = obs_dim, n_members: int = 7, hidden: int = 200) -> Ensemble:

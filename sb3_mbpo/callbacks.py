@@ -223,7 +223,7 @@ class DynamicsCallback(BaseCallback):
     def _quality(self, result: FitResult) -> str:
         """How good the model is on held-out transitions, in the log and as a text; a warning if it is no good."""
         agent, (reward, changes) = self.model, result.r2.split([1, len(result.r2) - 1])
-        parts, is_poor = [], False
+        parts, poor = [], []
         # Constant dimensions are known exactly
         if not changes.isnan().all():
             median, worst = changes.nanmedian().item(), int(changes.nan_to_num(nan=th.inf).argmin())
@@ -231,20 +231,20 @@ class DynamicsCallback(BaseCallback):
             self.logger.record("model/r2", median)
             self.logger.record("model/r2_worst", changes[worst].item())
             parts.append(f"of the changes {median:.2f} (worst: {name} {changes[worst].item():.2f})")
-            is_poor = median <= 0
+            poor += ["the change of the observation"] if median <= 0 else []
         if not reward.isnan() and self.model_env.reward is None:
             self.logger.record("model/reward_r2", reward.item())
             parts.append(f"of the reward {reward.item():.2f}")
-            is_poor = is_poor or reward.item() <= 0
+            poor += ["the reward"] if reward.item() <= 0 else []
         quality = f"R2 {', '.join(parts)}" if parts else "nothing varies"
-        if is_poor and result.n_measured >= MIN_MEASURED:
+        if poor and result.n_measured >= MIN_MEASURED:
             self._warn_once(
                 "r2",
-                f"The model is no better than a constant: on {result.n_measured:,} transitions that it was not trained on, "
-                f"{quality} (1 is perfect, 0 a constant). Rollouts in it teach nothing. Does the observation have all "
-                "that decides on what comes next (velocities; `gymnasium.wrappers.FrameStackObservation` if not)? Otherwise "
-                "try more `learning_starts` or `model_gradient_steps`, and do without the model (`real_ratio=1`) if that does "
-                "not help.",
+                f"The model predicts {' and '.join(poor)} no better than a constant: on {result.n_measured:,} transitions "
+                f"that it was not trained on, {quality} (1 is perfect, 0 a constant). More data may help (`learning_starts`), "
+                "more training (`model_gradient_steps`), a `reward_fn` if the reward is known, and an observation that has "
+                "all that decides on what comes next (velocities; otherwise `gymnasium.wrappers.FrameStackObservation`). "
+                "If nothing does, `real_ratio=1` learns without the model.",
             )
         return quality
 

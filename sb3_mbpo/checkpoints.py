@@ -17,6 +17,8 @@ from sb3_mbpo import __version__
 
 # What only an agent of MBPO has in its zip
 OWN_ENTRY = "dynamics.pth"
+# What agents had whose model was not standardised
+OLD_ARGUMENT = "model_max_epochs"
 # Arguments that decide the shapes of what is saved
 SIZES = ("ensemble_size", "model_hidden_sizes", "num_elites", "policy_kwargs")
 
@@ -83,7 +85,7 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
 
     :param path: As in ``MBPO.load``
     :return: What is saved of an agent as JSON; what is pickled in it stays so
-    :raises ValueError: if the file is damaged, or another algorithm's
+    :raises ValueError: if the file is damaged, another algorithm's, or of a version whose models cannot be read
     :raises FileNotFoundError: if there is none
     """
     file = find_file(path, "zip") if isinstance(path, str | Path) else path
@@ -108,6 +110,11 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
             f"The file {file} was not saved by MBPO: it has no dynamics model. Load it with the algorithm that saved it; "
             "to start with the policy of a SAC, make an agent and call "
             f"`agent.set_parameters({str(path)!r}, exact_match=False)`."
+        )
+    if OLD_ARGUMENT in attributes:
+        raise ValueError(
+            f"The agent in {file} was saved by an earlier version of sb3_mbpo, whose model had other units. It cannot be "
+            "loaded by this one: train again, or load it with the version of that day."
         )
     return attributes
 

@@ -148,7 +148,8 @@ def killing(module, name, when):
 
 # The model is trained at steps 61, 111, 161; checkpoints are written at 40, 80, 120
 if where == "model training":
-    killing(training, "train_epoch", 23)
+    # 200 gradient steps, 5, and 3 of 5
+    killing(training, "train_step", 208)
 elif where == "rollout":
     from sb3_mbpo.buffers import ModelReplayBuffer
     killing(ModelReplayBuffer, "extend", 3)
@@ -309,6 +310,12 @@ def test_no_zip_no_file(tmp_path):
         MBPO.load(tmp_path / "text.zip")
     with pytest.raises(FileNotFoundError, match=r"missing"):
         MBPO.load(tmp_path / "missing")
+
+
+def test_a_model_in_other_units_is_refused(saved):
+    rewritten(saved, lambda attributes: attributes.update(model_max_epochs=None))
+    with pytest.raises(ValueError, match=r"saved by an earlier version of sb3_mbpo, whose model had other units.*train again"):
+        MBPO.load(saved)
 
 
 def test_versions(saved, agent):

@@ -212,7 +212,7 @@ class Reader:
                     assert set(options) <= {"--cov", "-n", "0"}, options
                 case ["python", "-c", code]:
                     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-                case ["python", "-m", "benchmarks.speed" | "benchmarks.stopping" as module, *options]:
+                case ["python", "-m", "benchmarks.speed" | "benchmarks.model" as module, *options]:
                     check_options(module.replace(".", "/") + ".py", options)
                 case ["python", "-m", "benchmarks", "run", *options]:
                     check_runs(options)

@@ -282,6 +282,65 @@ def test_diverging_model(compile, tmp_path):
     assert isinstance(DivergenceError(), ValueError), "what RL Zoo prunes a trial at"
 
 
+# --- What the model cannot learn ---------------------------------------------------------------------------------------
+
+
+class UnpredictableEnv(PointEnv):
+    """What is observed, and what is paid, has nothing to do with what is done."""
+
+    def __init__(self, with_clock=False):
+        super().__init__(price=0)
+        self.clock = 1.7e9 if with_clock else None
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    def observed(self):
+        if self.clock is None:
+            return self.np_random.normal(0, 1, 2)
+        return np.array([float(self.x), self.clock])
+
+    def reset(self, **kwargs):
+        _, info = super().reset(**kwargs)
+        return self.observed(), info
+
+    def step(self, action):
+        _, reward, *others = super().step(action)
+        if self.clock is not None:
+            self.clock += 60
+            return self.observed(), reward, *others
+        return self.observed(), float(self.np_random.normal()), *others
+
+
+def test_a_model_that_knows_nothing_is_reported():
+    """Noise around a mean: the change can be foreseen, as the mean comes next, the reward cannot."""
+    agent = make_agent(UnpredictableEnv(), learning_starts=600, model_gradient_steps=0.5)
+    pattern = r"predicts the reward no better than a constant: on \d+ transitions .*of the reward -\d.*`reward_fn`"
+    with pytest.warns(UserWarning, match=pattern) as record:
+        agent.learn(700)
+    assert len([each for each in record if "no better" in str(each.message)]) == 1
+
+
+def test_nobody_is_told_of_a_reward_that_is_given():
+    agent = make_agent(
+        UnpredictableEnv(),
+        learning_starts=600,
+        model_gradient_steps=0.5,
+        reward_fn=lambda obs, action, next_obs: np.zeros(len(obs)),
+    )
+    with pytest.warns(UserWarning, match="`reward_fn` disagrees") as record:
+        agent.learn(601)
+    assert not any("no better" in str(each.message) for each in record)
+    assert "model/reward_r2" not in agent.logger.name_to_value
+
+
+def test_a_clock_is_reported():
+    agent = make_agent(UnpredictableEnv(with_clock=True))
+    pattern = r"obs\[1\] of the observation cannot be told apart.*up to 1.7e\+09 and change by about 60.*Subtract a constant"
+    with pytest.warns(UserWarning, match=pattern):
+        agent.learn(61)
+    # Taken in float64, the change is always the same
+    assert agent.dynamics.target_std[2] == 0 and agent.dynamics.target_mean[2] == 60
+
+
 # --- Functions of the user ----------------------------------------------------------------------------------------------
 
 

@@ -29,16 +29,17 @@ def weight_decays(n_layers: int) -> list[float]:
 def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor, varies: th.Tensor) -> th.Tensor:
     """
     Negative log-likelihood of a diagonal Gaussian, times two and without its constant, averaged over rows and those dimensions
-    that vary (paper, section 5; scaled as in the authors' release). Beyond five standard deviations the tails are those of a
-    Laplace distribution.
+    that vary (paper, section 5; scaled as in the authors' release). For changes of the observation it is linear beyond five
+    standard deviations; the mean of the reward must stay its expectation, so it is Gaussian throughout.
 
-    :param mean: ``(n_members, batch, dim)``
+    :param mean: Of (reward, next_obs - obs), ``(n_members, batch, dim)``
     :param log_var: ``(n_members, batch, dim)``
     :param target: ``(n_members, batch, dim)``
     :param varies: Which dimensions count, bool, ``(dim,)``
     :return: ``(n_members,)``
     """
-    nll = huber((target - mean) * th.exp(-0.5 * log_var)) + log_var
+    z = (target - mean) * th.exp(-0.5 * log_var)
+    nll = th.cat([z[:, :, :1].square(), huber(z[:, :, 1:])], dim=2) + log_var
     return (nll * varies).sum(dim=2).mean(dim=1) / varies.sum().clamp(min=1)
 
 

@@ -1,0 +1,103 @@
+"""Benchmark of the model alone: its errors, the ways to train, and its command."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch as th
+from scipy import stats
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from benchmarks.model import N_NEXT, VARIANTS, Errors, as_regression, errors, measure, seconds_by_size
+from sb3_mbpo.buffers import real_transitions
+from sb3_mbpo.dynamics.rollouts import Transitions
+from tests.agents import make_agent
+from tests.test_ensemble import linear_ensemble
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_errors_of_a_known_model():
+    """The model says the same for all: its errors are those of a biased constant, and five steps have five times the bias."""
+    th.manual_seed(0)
+    n, sigma, scale = 20_000, 0.5, th.tensor([1.0, 10.0])
+    ensemble = linear_ensemble(np.zeros((2, 2)), sigma, [0.5, 5.0])
+    truth = th.randn(n, 2) * scale
+    obs = th.cat([th.zeros(1, 1), truth[:, 1:].cumsum(dim=0)])
+    following = Transitions(obs[:-1], th.zeros(n, 1), obs[1:], truth[:, 0], th.zeros(n, dtype=th.bool))
+    found = errors(ensemble, following, scale, steps=12)
+    off = truth.numpy() / scale.numpy() - 0.5
+    std = sigma / scale.numpy()
+    assert found.steps == 12
+    assert found.mean == pytest.approx(np.sqrt(1.25), rel=0.02)
+    assert found.typical == pytest.approx(np.median(np.sqrt(np.mean(off**2, 1))), rel=1e-2)
+    assert found.sample == pytest.approx(np.sqrt(np.mean(off**2) + np.mean(std**2)), rel=1e-2)
+    assert found.inside == pytest.approx(np.mean(np.abs(off) < std), abs=0.01)
+    nll = -stats.norm.logpdf(off, scale=std).sum(axis=1)
+    assert found.nll == pytest.approx(np.median(nll), rel=0.02)
+    # Of a normal around 2.5 with the variance of five true steps and five of the model's
+    spread = np.sqrt(5 * (1 + std[1] ** 2))
+    assert found.sample_5 == pytest.approx(spread * np.sqrt(stats.ncx2.median(1, (2.5 / spread) ** 2)), rel=0.05)
+
+
+def buffer_of(sizes, seed=0):
+    """A random walk whose steps have these means."""
+    rng = np.random.default_rng(seed)
+    space = gymnasium.spaces.Box(-5, 5, (2,))
+    buffer = ReplayBuffer(len(sizes), space, space, device="cpu")
+    obs = rng.normal(0, 1, 2)
+    for size in sizes:
+        next_obs = obs + size + rng.normal(0, 1, 2)
+        buffer.add(obs, next_obs, rng.normal(0, 1, 2), rng.normal(size, 1), np.zeros(1), [{}])
+        obs = next_obs if size == 0 else rng.normal(0, 1, 2)
+    return real_transitions(buffer)
+
+
+def test_errors_are_those_of_the_next_transitions():
+    """Steps are of another size in the next 1,000 transitions, and in those after them."""
+    transitions = buffer_of(np.repeat([0.0, 5.0, 100.0], [400, N_NEXT, 50]))
+    (found,) = measure(transitions, VARIANTS["budget"]._replace(steps=0.02), range(400, 401), seed=0)
+    # Noise of one standard deviation, about a mean that is off by five
+    assert found.steps == 40 and found.mean == pytest.approx(np.sqrt(26), rel=0.15)
+    # None of them goes on from the one before
+    assert math.isnan(found.sample_5)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "paper"])
+def test_ways(name):
+    # Each transition begins anew, so that the next ones are of the same distribution
+    transitions = buffer_of(np.full(400 + N_NEXT, 1e-9))
+    variant = VARIANTS[name]._replace(steps=0.02)
+    found = list(measure(transitions, variant, range(300, 401, 100), seed=0))
+    assert [each.steps for each in found] == [40, 2]
+    # There is nothing to learn but the mean
+    assert all(0.9 < each.mean < 1.5 for each in found)
+
+
+def test_regression():
+    inputs, targets = as_regression(buffer_of(np.zeros(5)))
+    assert inputs.shape == (5, 4) and targets.shape == (5, 3)
+
+
+def test_seconds_of_model_training():
+    ((size, model, sac),) = seconds_by_size([300], rounds=1)
+    assert size == 300 and model > 0 and sac > 0
+
+
+@pytest.mark.slow
+def test_command(tmp_path):
+    make_agent(learning_starts=1_700).learn(1_650).save_replay_buffer(tmp_path / "Pendulum-v1.pkl")
+    command = [sys.executable, "-m", "benchmarks.model", "error", "--tasks", "Pendulum-v1", "--begin", "400", "--end", "500"]
+    command += ["--every", "100", "--ways", "half a step", "--buffers", tmp_path, "--out", tmp_path / "errors.csv"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    lines = (tmp_path / "errors.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0].split(",")[4:] == list(Errors._fields)
+    assert [line.split(",")[:5] for line in lines[1:]] == [
+        ["Pendulum-v1", "half a step", "0", "400", "1000"],
+        ["Pendulum-v1", "half a step", "0", "500", "50"],
+    ]
+    assert "| Pendulum-v1 | half a step | 0 | 525 |" in result.stdout
