@@ -85,7 +85,7 @@ class ModelEnv:
         :return: How many transitions there were
         """
         agent, n_generated = self.agent, 0
-        start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)]
+        start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)].float()
         for step in self.rollout(start, agent.rollout_length):
             agent.model_buffer.extend(step)
             n_generated += len(step.obs)

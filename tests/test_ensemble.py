@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble, weight_decays
 from sb3_mbpo.dynamics.training import (
+    MAX_MEASURED,
     bootstrap,
+    budget,
     fit,
     holdout_errors,
     r2,
     shuffle_rows,
     split_at_random,
+    split_for_good,
 )
 
 
@@ -264,6 +267,28 @@ def test_split_and_bootstrap():
     assert (shuffled == indices).float().mean() < 0.01
 
 
+def test_budget():
+    assert budget(1.0, 250, is_first=False) == 250 and budget(0.5, 250, is_first=False) == 125
+    # Everything is new to the first training
+    assert budget(1.0, 501, is_first=True) == 2_000 and budget(1.0, 5_001, is_first=True) == 5_001
+    assert budget(0.01, 10, is_first=False) == 1
+
+
+@given(st.integers(2, 5_000), st.integers(1, 500))
+def test_what_is_held_out_stays_held_out(n, more):
+    train, holdout = split_for_good(n)
+    assert th.cat([train, holdout]).sort().values.equal(th.arange(n)) and len(train) > 0 and len(holdout) > 0
+    if n > 10:
+        assert set(holdout.tolist()) <= set(split_for_good(n + more)[1].tolist())
+
+
+@pytest.mark.parametrize("n_envs", range(1, 21))
+def test_parallel_environments_are_held_out_alike(n_envs):
+    _, holdout = split_for_good(2_000 * n_envs)
+    shares = np.bincount(holdout.numpy() % n_envs, minlength=n_envs) / 2_000
+    assert np.abs(shares - 0.1).max() < 0.02
+
+
 def numbered_data(n, obs_dim=3, action_dim=2, seed=0):
     """A random nonlinear system; the first input is the number of the row, scaled down."""
     rng = th.Generator().manual_seed(seed)
@@ -336,6 +361,70 @@ def test_fit_follows_the_paper(monkeypatch):
     np.testing.assert_allclose(last_error, best, rtol=1e-6)
     assert ensemble.elites.long().tolist() == np.argsort(best)[:2].tolist()
     assert not ensemble.training and ensemble.is_fitted
+
+
+def test_fit_within_a_budget(monkeypatch):
+    """Watch it: what each member saw, by what steps it learned, and what is kept."""
+    th.manual_seed(1)
+    n, n_members = 600, 4
+    inputs, targets = numbered_data(n)
+    ensemble = make_ensemble(n_members=n_members, n_elites=2, learning_rate=5e-3)
+    step, seen, states = training.train_step, [], []
+
+    def watched_step(self, state, x, y, numbers):
+        seen.append(((x[:, :, 0] * self.input_std[0] + self.input_mean[0]) * n).round().int())
+        states.append(({name: tensor.clone() for name, tensor in state.parameters.items()}, x, y))
+        return step(self, state, x, y, numbers)
+
+    monkeypatch.setattr(training, "train_step", watched_step)
+    result = fit(ensemble, inputs, targets, n_steps=90)
+    _, holdout = split_for_good(n)
+    assert result.gradient_steps == len(seen) == 90 and result.n_measured == len(holdout) == 60
+    rows = th.stack(seen)
+    assert rows.shape == (90, n_members, 256) and set(holdout.tolist()).isdisjoint(rows.unique().tolist())
+    assert len(rows.unique()) == 540 and not rows[0, 0].equal(rows[0, 1]) and not rows[0].equal(rows[1])
+
+    # The steps are those of torch's AdamW, whose decay is for the weights
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in states[0][0].items()}
+    weights = [tensor for name, tensor in parameters.items() if name.startswith("weights.")]
+    others = [tensor for name, tensor in parameters.items() if not name.startswith("weights.")]
+    groups = [{"params": weights, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    adamw = th.optim.AdamW(groups, lr=5e-3)
+    for _, x, y in states[:20]:
+        adamw.zero_grad()
+        ensemble.loss(x, y, parameters).backward()
+        adamw.step()
+    for name, tensor in states[20][0].items():
+        np.testing.assert_allclose(tensor, parameters[name].detach(), rtol=1e-3, atol=1e-5, err_msg=name)
+
+    errors = holdout_errors(ensemble, inputs[holdout], targets[holdout])
+    assert ensemble.elites.long().tolist() == errors.argsort()[:2].tolist()
+    # A second training goes on with Adam as it is
+    fit(ensemble, inputs, targets, n_steps=10)
+    assert ensemble.optimizer.state_dict()["state"][0]["step"] == 100
+
+
+def test_measures_against_numpy():
+    """R2 of the elites' mean, and the error that members are judged by."""
+    rng = np.random.default_rng(0)
+    inputs, targets = numbered_data(500)
+    targets[:, 2] = 4.0
+    targets[:5, 1] += 1e3
+    ensemble = make_ensemble()
+    fit(ensemble, inputs, targets, 30)
+    rows = rng.choice(500, 80, replace=False)
+    mean, _ = ensemble.predict(inputs.double()[rows])
+    truth = targets.double()[rows].numpy()
+    errors = (mean.numpy() - truth)[:, :, [0, 1, 3]] / ensemble.target_std.numpy()[[0, 1, 3]]
+    size = np.abs(errors)
+    expected = np.where(size < 5, size**2, 10 * size - 25).sum(2).mean(1) / 4
+    np.testing.assert_allclose(holdout_errors(ensemble, inputs[rows], targets[rows]), expected, rtol=1e-4)
+    of_elites = mean.numpy()[ensemble.elites.long()].mean(0)
+    with np.errstate(invalid="ignore"):
+        expected = 1 - ((of_elites - truth) ** 2).mean(0) / truth.var(0)
+    expected[2] = np.nan
+    np.testing.assert_allclose(r2(ensemble, inputs[rows], targets[rows]), expected, rtol=1e-3, atol=1e-4)
+    assert fit(ensemble, *numbered_data(30_000), 1).n_measured <= MAX_MEASURED
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_with_its_model_it_learns(name):
     assert steps_in(agent) == steps_in(make(SAC, **{**kwargs, **FEATURES[name]()}).learn(80))
     # In hindsight goals are others
     parts = slice(4, 7) if "HerReplayBuffer" in name else slice(None)
-    real = real_transitions(agent.replay_buffer).obs[:, parts].unique(dim=0)
+    real = real_transitions(agent.replay_buffer).obs[:, parts].float().unique(dim=0)
     start = agent.model_buffer.observations[: agent.model_buffer.pos][-1_000:, parts].unique(dim=0)
     assert th.equal(start, real) and len(real) >= 10
     if agent.gradient_steps != 0:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sb3_mbpo.dynamics import units
 from sb3_mbpo.dynamics.training import fit, split_for_good
 from sb3_mbpo.dynamics.units import input_stats, lost_in_float32, spread, target_stats
 from tests.test_ensemble import make_ensemble
@@ -165,3 +166,43 @@ def test_what_float32_cannot_hold():
     for dtype in (th.float64, th.float32):
         data = th.tensor(columns, dtype=dtype)
         assert lost_in_float32(data[:-1], data[1:]).tolist() == [True, False, False, False, True]
+
+
+def test_jumps_do_not_set_the_scale():
+    """Of an angle that wraps: its bulk, and the geometric mean of it and of all."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.05, (6_000, 3))
+    jumps = rng.random(6_000) < 1 / 60
+    values[jumps, 0] -= 2 * np.pi
+    values[jumps, 1] -= 2 * np.pi
+    # Nothing but jumps
+    values[:, 2] = np.where(jumps, 1.0, 0.0)
+    targets = th.tensor(values)
+    bulk = units.bulk_std(targets)
+    np.testing.assert_allclose(bulk[1], values[~jumps, 1].std(), rtol=1e-6)
+    _, scale = target_stats(targets, targets)
+    std = values.std(0)
+    # The reward's, the geometric mean, and the standard deviation where there is no bulk
+    np.testing.assert_allclose(scale, [std[0], np.sqrt(std[1] * bulk[1]), std[2]], rtol=1e-9)
+    assert scale[1] < 0.3 * std[1]
+    # One glitch in a thousand is not seen in the bulk at all
+    glitch = th.tensor(rng.normal(0, 1, (1_000, 1)))
+    before = units.bulk_std(glitch)
+    glitch[17] = 1e6
+    np.testing.assert_allclose(units.bulk_std(glitch), before, rtol=0.05)
+
+
+def test_an_angle_that_wraps_is_learned():
+    rng = np.random.default_rng(0)
+    n = 3_000
+    angle, speed, action = rng.uniform(-np.pi, np.pi, n), rng.normal(0, 1, n), rng.uniform(-1, 1, n)
+    moved = angle + 0.05 * speed
+    wrapped = (moved + np.pi) % (2 * np.pi) - np.pi
+    inputs = np.stack([angle, speed, action], axis=1)
+    targets = np.stack([np.cos(angle), wrapped - angle, 0.1 * action], axis=1)
+    th.manual_seed(0)
+    ensemble = make_ensemble(2, 1, (64, 64), learning_rate=2e-3)
+    fit(ensemble, th.tensor(inputs), th.tensor(targets), 1_500)
+    error = (ensemble.predict(th.tensor(inputs))[0].mean(0)[:, 1] - th.tensor(targets[:, 1])).abs()
+    # In standard deviations of a step without a jump
+    assert error[np.abs(wrapped - moved) < 1].median() / 0.05 < 0.1

@@ -573,7 +573,7 @@ def test_save_and_load(tmp_path, counted):
 
 def test_another_environment_brings_its_termination():
     agent = make_agent(gym.make("Hopper-v5"), real_ratio=1, value_expansion_horizon=1).learn(62)
-    start = real_transitions(agent.replay_buffer).obs
+    start = real_transitions(agent.replay_buffer).obs.float()
 
     def share_of_terminal_steps():
         rollouts = roll_out(agent._expansion_env(), agent_policy, start, th.zeros(len(start)) > 0, 1)

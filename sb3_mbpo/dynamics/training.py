@@ -361,8 +361,8 @@ def fit(
             raise ValueError(f"The {name} of transition {row} are not finite: {array[row].tolist()}")
 
     before = deepcopy([ensemble.state_dict(), ensemble.optimizer.state_dict()])
-    ensemble.set_stats(inputs, targets)
     try:
+        ensemble.set_stats(inputs, targets)
         ensemble.train()
         if n_steps is None:
             train, holdout = split_at_random(len(inputs), inputs.device)

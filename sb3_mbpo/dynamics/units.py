@@ -4,8 +4,8 @@ import math
 
 import torch as th
 
-# Values further from the mean than this many standard deviations count as if they were there. That is repeated until hardly
-# anything changes, so that fewer than 1 / 5**2 = 4 % of jumps do not decide on the scale of the rest.
+# What is further from the mean than this many standard deviations is a jump. To find them, values are brought that near, again
+# and again, which leaves the scale of the rest if fewer than 1 / 5**2 = 4 % are jumps.
 MAX_DEVIATION = 5.0
 N_CLIPPINGS = 20
 # Rows that are clipped, evenly among all: a second for 300,000 of them would be too long
@@ -88,14 +88,15 @@ def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th
 def bulk_std(values: th.Tensor) -> th.Tensor:
     """
     :param values: ``(n, dim)``
-    :return: Standard deviation of what lies within five of them of the mean; the rest counts as if it lay there. float64,
-        ``(dim,)``
+    :return: Standard deviation of each column without its jumps, float64, ``(dim,)``
     """
     some = values[:: math.ceil(len(values) / MAX_CLIPPED)].double()
     std, mean = th.std_mean(some, dim=0, correction=0)
     for _ in range(N_CLIPPINGS):
         std, mean = th.std_mean(some.clamp(mean - MAX_DEVIATION * std, mean + MAX_DEVIATION * std), dim=0, correction=0)
-    return std
+    is_bulk = (some - mean).abs() <= MAX_DEVIATION * std
+    mean = (some * is_bulk).sum(dim=0) / is_bulk.sum(dim=0)
+    return (((some - mean) * is_bulk).square().sum(dim=0) / is_bulk.sum(dim=0)).sqrt()
 
 
 def lost_in_float32(obs: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
