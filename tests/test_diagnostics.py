@@ -242,8 +242,8 @@ def test_policy_shift_on_known_policies():
     env = make_vec_env(PointEnv, seed=0)
     data = concatenate(collect(agent, env, 1_500))
     before = {name: tensor.clone() for name, tensor in agent.policy.state_dict().items()}
-    shift = policy_shift(agent, data, others, env, data_sizes=(20, 1_500), n_steps=200)
-    assert shift.data_sizes == [20, 1_500] and shift.error.shape == shift.model_error.shape == (2, 3)
+    shift = policy_shift(agent, data, others, env, data_sizes=(6, 1_500), n_steps=200)
+    assert shift.data_sizes == [6, 1_500] and shift.error.shape == shift.model_error.shape == (2, 3)
     _, std = gaussian_of(agent, data.obs)
     expected = ((0.3 / std) ** 2 / 2).mean().item()
     np.testing.assert_allclose(shift.kl, [0, 0, expected], rtol=1e-3, atol=1e-6)

@@ -117,7 +117,7 @@ def test_relabelled_goals_are_of_the_future_of_the_episode():
     for dims in (ACHIEVED, OBSERVATION):
         assert th.equal(relabelled.obs[:, dims], real.obs[:, dims])
     assert th.equal(relabelled.actions, real.actions) and th.equal(relabelled.terminated, real.terminated)
-    assert relabelled.obs[0].dtype == th.float32 and not th.equal(
+    assert relabelled.obs[0].dtype == th.float64 and not th.equal(
         buffers.relabelled(real, agent.replay_buffer).obs, relabelled.obs
     )
 
