@@ -359,6 +359,7 @@ def measure(transitions: Transitions, variant: Variant, rows: range, seed: int) 
     before = 0
     for n in rows:
         n_steps = budget(variant.steps, n - before, is_first=before == 0)
+        assert n_steps is not None
         made = variant.way(ensemble, inputs[:n], targets[:n], n_steps, step)
         yield errors(ensemble, Transitions(*(column[n : n + N_NEXT] for column in transitions)), scale, made)
         before = n

@@ -185,10 +185,8 @@ class DynamicsCallback(BaseCallback):
         obs, actions, next_obs, rewards, _ = self._with_goals(transitions)
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
-        n_steps = None
-        if agent.model_gradient_steps is not None:
-            n_new = agent.lifetime_timesteps - agent.last_model_training
-            n_steps = budget(agent.model_gradient_steps, n_new, is_first=not agent.dynamics.is_fitted)
+        n_new = agent.lifetime_timesteps - agent.last_model_training
+        n_steps = budget(agent.model_gradient_steps, n_new, is_first=not agent.dynamics.is_fitted)
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
             try:

@@ -83,6 +83,7 @@ def test_regression():
     assert inputs.shape == (5, 4) and targets.shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_seconds_of_model_training():
     ((size, model, sac),) = seconds_by_size([300], rounds=1)
     assert size == 300 and model > 0 and sac > 0

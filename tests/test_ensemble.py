@@ -273,6 +273,7 @@ def test_budget():
     # Everything is new to the first training
     assert budget(1.0, 501, is_first=True) == 2_000 and budget(1.0, 5_001, is_first=True) == 5_001
     assert budget(0.01, 10, is_first=False) == 1
+    assert budget(None, 250, is_first=True) is None
 
 
 @given(st.integers(2, 5_000), st.integers(1, 500))
@@ -445,11 +446,11 @@ def test_fit_learns_the_bounds_and_restandardises():
     th.manual_seed(0)
     inputs, targets = numbered_data(300)
     ensemble = make_ensemble()
-    fit(ensemble, inputs, targets)
+    fit(ensemble, inputs, targets, 100)
     assert not th.allclose(ensemble.max_log_var, th.tensor(0.5), atol=1e-3)
     assert not th.allclose(ensemble.min_log_var, th.tensor(-10.0), atol=1e-3)
     std = ensemble.input_std.clone()
-    fit(ensemble, inputs * 10, targets)
+    fit(ensemble, inputs * 10, targets, 10)
     np.testing.assert_allclose(ensemble.input_std / std, 10, rtol=0.15)
     assert ensemble.n_fits == 2
 
@@ -478,7 +479,7 @@ def test_recovers_a_noisy_linear_system():
 
     inputs, mean = system(n)
     ensemble = Ensemble(3, 2, (64, 64), 5, 3, 2e-3)
-    fit(ensemble, inputs, mean + noise * th.randn(n, 4), n_steps=3_000)
+    fit(ensemble, inputs, mean + noise * th.randn(n, 4), n_steps=2_000)
     test_inputs, test_mean = system(2_000)
     predicted, std = ensemble.predict(test_inputs)
     for member in ensemble.elites.long():
@@ -510,7 +511,7 @@ def test_non_finite_data_never_reach_the_weights(where, value):
 def test_divergence_is_an_error_and_keeps_the_weights(n_steps):
     inputs, targets = numbered_data(300)
     ensemble = make_ensemble()
-    fit(ensemble, inputs, targets)
+    fit(ensemble, inputs, targets, 20)
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     with pytest.raises(ValueError, match=r"diverged.*model_learning_rate"):
         ensemble.optimizer.param_groups[0]["lr"] = 1e30
@@ -518,7 +519,7 @@ def test_divergence_is_an_error_and_keeps_the_weights(n_steps):
     assert all(th.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
     # And it can go on
     ensemble.optimizer.param_groups[0]["lr"] = 1e-3
-    assert fit(ensemble, inputs, targets).r2.isfinite().all()
+    assert fit(ensemble, inputs, targets, 20).r2.isfinite().all()
 
 
 def test_too_few_transitions():
@@ -532,7 +533,7 @@ def test_state_dict_is_all_floats_and_restores_exactly():
     """SB3's tools fill every entry of a state dict with random floats."""
     inputs, targets = numbered_data(200)
     ensemble, other = make_ensemble(), make_ensemble()
-    fit(ensemble, inputs, targets)
+    fit(ensemble, inputs, targets, 50)
     other.load_state_dict(ensemble.state_dict())
     other.optimizer.load_state_dict(deepcopy(ensemble.optimizer.state_dict()))
     assert other.is_fitted and th.equal(other.elites, ensemble.elites)

@@ -127,7 +127,7 @@ def test_rewards_of_any_size_are_learned(scale):
     """In raw units, also under a wrapper that normalises them for the policy."""
     env = VecNormalize(DummyVecEnv([lambda: ScaledEnv(scale)]), norm_obs=False)
     agent = make_agent(
-        env, learning_starts=500, rollout_batch_size=500, model_hidden_sizes=[64, 64], model_gradient_steps=1
+        env, learning_starts=500, rollout_batch_size=500, model_hidden_sizes=[64, 64], model_gradient_steps=0.4
     ).learn(501)
     buffer = agent.model_buffer
     true = -scale * buffer.next_observations[:500, 0].abs()

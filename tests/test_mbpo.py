@@ -169,7 +169,9 @@ def test_model_learns_raw_units_under_vec_normalize():
         given.append((obs, next_obs))
         return np.zeros(len(obs), dtype=bool)
 
-    agent = make_agent(env, model_gradient_steps=2, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn)
+    agent = make_agent(
+        env, model_gradient_steps=0.5, rollout_batch_size=500, learning_starts=100, termination_fn=termination_fn
+    )
     agent.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.learn(101)
     rollout_obs = next(obs for obs in seen if len(obs) == 500)

@@ -27,7 +27,7 @@ def system(n=1_500, seed=0):
 def trained(inputs, targets, n_steps):
     """Its result on held-out rows, and the share of the truth within one predicted standard deviation."""
     th.manual_seed(1)
-    ensemble = make_ensemble(3, 1, (32, 32))
+    ensemble = make_ensemble(3, 1, (32,), learning_rate=5e-3)
     result = fit(ensemble, inputs, targets, n_steps)
     _, holdout = split_for_good(len(inputs))
     mean, std = ensemble.predict(inputs[holdout])

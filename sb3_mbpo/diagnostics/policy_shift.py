@@ -14,7 +14,7 @@ from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
-from sb3_mbpo.dynamics.training import fit
+from sb3_mbpo.dynamics.training import budget, fit
 from sb3_mbpo.dynamics.units import spread
 from sb3_mbpo.spaces import flat_dim
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, policy_shift_from_kl
@@ -58,7 +58,6 @@ def policy_shift(
     env: VecEnv,
     data_sizes: Sequence[int] = (500, 1_000, 2_000),
     n_steps: int = 1_000,
-    gradient_steps: int | None = 2_000,
 ) -> PolicyShift:
     """
     Train models on data of the agent's policy, and measure them on data of other policies.
@@ -69,7 +68,6 @@ def policy_shift(
     :param env: See :func:`sb3_mbpo.diagnostics.trajectories.collect`
     :param data_sizes: How many of the transitions to train on
     :param n_steps: Environment steps to collect with the agent's and with each other policy
-    :param gradient_steps: Of each training of a model. None: until it no longer improves
     :return: Errors; the first policy is the agent's own, on data not trained on
     :raises ValueError: if there are too few transitions, or no policy is another than the agent's
     """
@@ -91,7 +89,7 @@ def policy_shift(
             agent.model_learning_rate,
         ).to(agent.device)
         rows = th.randperm(len(inputs), device=inputs.device)[:size]
-        fit(model, inputs[rows], targets[rows], gradient_steps)
+        fit(model, inputs[rows], targets[rows], budget(agent.model_gradient_steps, size, is_first=True))
         models.append((model, model.nll(inputs[rows], targets[rows])))
 
     scale = spread(targets[:, 1:], data.obs)

@@ -57,13 +57,15 @@ class FitResult(NamedTuple):
     n_measured: int
 
 
-def budget(steps_per_env_step: float, n_new: int, is_first: bool) -> int:
+def budget(steps_per_env_step: float | None, n_new: int, is_first: bool) -> int | None:
     """
-    :param steps_per_env_step: Gradient steps of the model for each environment step
+    :param steps_per_env_step: Gradient steps of the model for each environment step, None for the paper's rule
     :param n_new: Environment steps since it was last trained
     :param is_first: Whether it has never been trained, and must learn everything
-    :return: Gradient steps of the training, at least one
+    :return: Gradient steps of the training, at least one; None for the paper's rule
     """
+    if steps_per_env_step is None:
+        return None
     return max(1, round(steps_per_env_step * (max(n_new, MIN_FIRST_STEPS) if is_first else n_new)))
 
 
