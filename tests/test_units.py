@@ -6,6 +6,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import special, stats
 
 from sb3_mbpo.dynamics import units
 from sb3_mbpo.dynamics.training import fit, split_for_good
@@ -100,6 +101,18 @@ def test_constant_dimensions_are_predicted_exactly():
     assert th.equal(next_obs[:, 0], inputs[:, 0] + 0.25) and th.equal(next_obs[:, 1], inputs[:, 1])
     assert (next_obs[:, 2] != inputs[:, 2]).all()
     assert ensemble.nll(inputs, targets).isfinite().all()
+
+
+def test_likelihood_is_that_of_raw_units():
+    """Of the mixture of the elites, with a dimension that is constant and one in 1e4 times its units."""
+    inputs, targets = system(300)
+    targets = targets * th.tensor([1.0, 1.0, 1e4, 1e-3]) + 5
+    targets[:, 1] = 0.25
+    ensemble = make_ensemble(3, 1, (16,))
+    fit(ensemble, inputs, targets, 50)
+    mean, std = (each[ensemble.elites.long()][:, :, [0, 2, 3]].numpy() for each in ensemble.predict(inputs))
+    each = stats.norm.logpdf(targets[:, [0, 2, 3]].numpy(), mean, std).sum(axis=2)
+    np.testing.assert_allclose(ensemble.nll(inputs, targets), -special.logsumexp(each, axis=0) + np.log(2), rtol=1e-4)
 
 
 def test_nothing_varies():
