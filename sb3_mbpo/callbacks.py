@@ -158,6 +158,10 @@ class DynamicsCallback(BaseCallback):
         if retrain or refresh:
             transitions = self.real.update(agent.replay_buffer, now - self.last_update)
             self.last_update = now
+            vec_normalize = agent.get_vec_normalize_env()
+            if vec_normalize is not None and vec_normalize.norm_obs:
+                # Last observations of episodes have come back from float32
+                transitions = transitions._replace(obs=transitions.obs.float(), next_obs=transitions.next_obs.float())
             if retrain:
                 if is_fitted:
                     self._measure_model(transitions)
@@ -185,8 +189,9 @@ class DynamicsCallback(BaseCallback):
         obs, actions, next_obs, rewards, _ = self._with_goals(transitions)
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
-        n_new = agent.lifetime_timesteps - agent.last_model_training
-        n_steps = budget(agent.model_gradient_steps, n_new, is_first=not agent.dynamics.is_fitted)
+        is_first = not agent.dynamics.is_fitted
+        n_new = len(obs) if is_first else agent.lifetime_timesteps - agent.last_model_training
+        n_steps = budget(agent.model_gradient_steps, n_new, is_first)
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
             try:
@@ -234,7 +239,7 @@ class DynamicsCallback(BaseCallback):
             self.logger.record("model/reward_r2", reward.item())
             parts.append(f"of the reward {reward.item():.2f}")
             poor += ["the reward"] if reward.item() <= 0 else []
-        quality = f"R2 {', '.join(parts)}" if parts else "nothing varies"
+        quality = f"R2 {', '.join(parts)}" if parts else "R2 unknown: nothing varies in what is held out"
         if poor and result.n_measured >= MIN_MEASURED:
             self._warn_once(
                 "r2",

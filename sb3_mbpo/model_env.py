@@ -64,8 +64,8 @@ class ModelEnv:
         :return: Undiscounted return of the stochastic policy up to each step, ``(n, length)``. It stays as it is after a
             terminal transition, and where the model predicts anything that is not finite.
         """
-        rewards = start_obs.new_zeros(len(start_obs), length)
-        obs, rows = start_obs, th.arange(len(start_obs), device=start_obs.device)
+        rewards = th.zeros(len(start_obs), length, device=start_obs.device)
+        obs, rows = start_obs.float(), th.arange(len(start_obs), device=start_obs.device)
         with th.no_grad():
             for step in range(length):
                 finite, transitions = self.step(obs, self.policy(obs))
@@ -116,7 +116,8 @@ class ModelEnv:
         :return: For each step observations ``(n, n_particles, obs_dim)`` and rewards ``(n, n_particles)``
         """
         reward = self._reward(finite=False)
-        return open_loop(self.agent.dynamics, obs, actions, n_particles, reward, self.goal_dims, self.binary_dims)
+        # In the precision of model rollouts
+        return open_loop(self.agent.dynamics, obs.float(), actions, n_particles, reward, self.goal_dims, self.binary_dims)
 
     def as_policy(self, obs: th.Tensor) -> Any:
         """

@@ -332,6 +332,36 @@ def test_nobody_is_told_of_a_reward_that_is_given():
     assert "model/reward_r2" not in agent.logger.name_to_value
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rewards_of_any_precision(dtype):
+    """In model rollouts of all kinds, of an environment in float64."""
+    agent = make_agent(
+        UnpredictableEnv(),
+        value_expansion_horizon=1,
+        reward_fn=lambda obs, action, next_obs: next_obs[:, 0].astype(dtype),
+        termination_fn=lambda obs, action, next_obs: np.zeros(len(obs), dtype=bool),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        agent.learn(70)
+        start = th.zeros(5, 2, dtype=th.float64)
+        assert model_env.ModelEnv(agent, agent.get_env()).returns(start, 3).isfinite().all()
+
+
+def test_last_observations_that_were_normalised():
+    """Under VecNormalize they are rounded to float32: a dimension that stays must not seem to change."""
+
+    class Still(UnpredictableEnv):
+        def observed(self):
+            return np.array([float(self.x), 1.7])
+
+    env = VecNormalize(DummyVecEnv([Still]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        agent = make_agent(env, learning_starts=200).learn(201)
+    assert agent.dynamics.target_std[2] == 0 < agent.dynamics.target_std[1]
+
+
 def test_a_clock_is_reported():
     agent = make_agent(UnpredictableEnv(with_clock=True))
     pattern = r"obs\[1\] of the observation cannot be told apart.*up to 1.7e\+09 and change by about 60.*Subtract a constant"

@@ -15,6 +15,10 @@ from sb3_mbpo.dynamics.units import huber, input_stats, standardised, target_sta
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
 # Coefficient of the penalty that pulls the learned bounds of the log-variance together (Chua et al. 2018, A.1)
 BOUND_PENALTY = 0.01
+# Where these bounds begin (authors' release)
+MAX_LOG_VAR, MIN_LOG_VAR = 0.5, -10.0
+# By how much the spread of a dimension may grow from one training to the next for it to be known still
+MAX_FACTOR = 3.0
 
 
 def weight_decays(n_layers: int) -> list[float]:
@@ -75,8 +79,8 @@ class Ensemble(nn.Module):
         shapes = list(zip(sizes[:-1], [*hidden_sizes, 2 * sizes[-1]], strict=True))
         self.weights = nn.ParameterList([nn.Parameter(th.empty(n_members, *shape)) for shape in shapes])
         self.biases = nn.ParameterList([nn.Parameter(th.zeros(n_members, 1, n_out)) for _, n_out in shapes])
-        self.max_log_var = nn.Parameter(th.full((sizes[-1],), 0.5))
-        self.min_log_var = nn.Parameter(th.full((sizes[-1],), -10.0))
+        self.max_log_var = nn.Parameter(th.full((sizes[-1],), MAX_LOG_VAR))
+        self.min_log_var = nn.Parameter(th.full((sizes[-1],), MIN_LOG_VAR))
         with th.random.fork_rng(devices=[]):
             for weight in self.weights:
                 std = 1 / (2 * math.sqrt(weight.shape[1]))
@@ -128,7 +132,9 @@ class Ensemble(nn.Module):
     def set_stats(self, inputs: th.Tensor, targets: th.Tensor) -> None:
         """
         Refit the units. What a fitted ensemble predicts in raw units stays as it is: its first and its last layer are
-        rescaled to the new ones (van Hasselt et al. 2016, PopArt). A target that was constant until now begins anew.
+        rescaled to the new ones (van Hasselt et al. 2016, PopArt). Where a dimension spreads more than three times as far as
+        before, little is known of it: an input is then taken as what it was in units of its spread (a function that was steep
+        would be wrong far away), and so is the variance of a target, whose bounds are never narrower than they began.
 
         :param inputs: ``(n, obs_dim + action_dim)``
         :param targets: ``(n, 1 + obs_dim)``
@@ -146,21 +152,25 @@ class Ensemble(nn.Module):
 
     def _rescale_first_layer(self, mean: th.Tensor, std: th.Tensor) -> None:
         weight, bias = self.weights[0], self.biases[0]
-        bias += standardised(mean, self.input_mean, self.input_std).to(weight)[None, None] @ weight
-        # What was constant has had no influence
-        weight *= (std / th.where(self.input_std > 0, self.input_std, th.inf)).to(weight)[:, None]
+        # 0: what was constant has had no influence
+        factor = std / th.where(self.input_std > 0, self.input_std, th.inf)
+        stays = factor <= MAX_FACTOR
+        bias += (standardised(mean, self.input_mean, self.input_std) * stays).to(weight)[None, None] @ weight
+        weight *= th.where(stays, factor, 1.0).to(weight)[:, None]
 
     def _rescale_last_layer(self, mean: th.Tensor, std: th.Tensor) -> None:
         # Constant from now on: whatever is predicted
-        divisor = th.where(std > 0, std, 1.0)
+        divisor = th.where(std > 0, std, th.inf)
         factor, shift = self.target_std / divisor, (self.target_mean - mean) / divisor
         weight, bias, n = self.weights[-1], self.biases[-1], len(factor)
         weight[:, :, :n] *= factor.to(weight)
         bias[:, :, :n] = bias[:, :, :n] * factor.to(weight) + shift.to(weight)
         # A variance has the square of the factor, and so have its bounds
-        log_factor = th.where(factor > 0, 2 * factor.log(), 0.0).to(weight)
+        log_factor = th.where(factor >= 1 / MAX_FACTOR, 2 * factor.log(), 0.0).to(weight)
         for log_var in (bias[:, :, n:], self.max_log_var, self.min_log_var):
             log_var += log_factor
+        self.max_log_var.clamp_(min=MAX_LOG_VAR)
+        self.min_log_var.clamp_(max=MIN_LOG_VAR)
 
     def forward(self, unit_inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -193,7 +203,8 @@ class Ensemble(nn.Module):
         mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
-        bounds = BOUND_PENALTY * (parameters["max_log_var"].sum() - parameters["min_log_var"].sum())
+        # Of a constant, nothing else would hold the bounds
+        bounds = BOUND_PENALTY * ((parameters["max_log_var"] - parameters["min_log_var"]) * self.varies).sum()
         return gaussian_nll(mean, log_var, unit_targets, self.varies).sum() + decay + bounds
 
     @th.no_grad()

@@ -7,7 +7,7 @@ import torch as th
 
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict
-from sb3_mbpo.dynamics.units import spread
+from sb3_mbpo.dynamics.units import rounding, spread
 
 # (start obs, actions, particles) -> for each step observations and rewards
 OpenLoop = Callable[[th.Tensor, th.Tensor, int], Iterator[tuple[th.Tensor, th.Tensor]]]
@@ -195,7 +195,9 @@ def open_loop_error(
         std = std.nan_to_num(nan=th.inf)
         change = true.clone()
         change[:, 1:] -= real.obs[valid, 0]
-        inside = [((error <= n_sigma * std) & std.isfinite()).float().mean(dim=0) for n_sigma in (1, 2)]
+        # What is known exactly is off by rounding
+        tolerance = rounding(true).to(error)
+        inside = [((error <= n_sigma * std + tolerance) & std.isfinite()).float().mean(dim=0) for n_sigma in (1, 2)]
         rms = [value.square().mean(dim=0).sqrt() for value in (error, std)]
         rows.append((valid.sum(), *rms, spread(change, true), th.stack(inside)))
     n_windows, rmse, spread_of_particles, changes, inside_shares = (th.stack(column) for column in zip(*rows, strict=True))

@@ -94,7 +94,7 @@ def model_step(
     if len(obs) == 0:
         return finite, Transitions(obs, actions, next_obs, rewards, rewards.bool())
     if reward is not None:
-        rewards = reward(obs, actions, next_obs)
+        rewards = reward(obs, actions, next_obs).to(obs)
     return finite, Transitions(obs, actions, next_obs, rewards, termination(obs, actions, next_obs))
 
 

@@ -10,15 +10,15 @@ from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.units import huber
+from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber
 from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
 # With a budget: share of the transitions that no training ever sees, and of how many of them the model is measured on
 HELD_OUT = 0.1
 MAX_MEASURED = 2_000
-# The first training has the budget of this many environment steps, if there were fewer
-MIN_FIRST_STEPS = 2_000
+# The first training has the budget of as many environment steps as there are transitions, but within these
+MIN_FIRST_STEPS, MAX_FIRST_STEPS = 2_000, 20_000
 # Batches whose rows are drawn at once
 DRAWN_AT_ONCE = 64
 # See `weight_decay`
@@ -60,13 +60,15 @@ class FitResult(NamedTuple):
 def budget(steps_per_env_step: float | None, n_new: int, is_first: bool) -> int | None:
     """
     :param steps_per_env_step: Gradient steps of the model for each environment step, None for the paper's rule
-    :param n_new: Environment steps since it was last trained
-    :param is_first: Whether it has never been trained, and must learn everything
+    :param n_new: Environment steps since it was last trained, or transitions if it never was
+    :param is_first: Whether it was never trained, and must learn everything
     :return: Gradient steps of the training, at least one; None for the paper's rule
     """
     if steps_per_env_step is None:
         return None
-    return max(1, round(steps_per_env_step * (max(n_new, MIN_FIRST_STEPS) if is_first else n_new)))
+    if is_first:
+        n_new = min(max(n_new, MIN_FIRST_STEPS), MAX_FIRST_STEPS)
+    return max(1, round(steps_per_env_step * n_new))
 
 
 def weight_decay(n: int) -> float:
@@ -89,7 +91,7 @@ def split_for_good(n: int, device: th.device | str = "cpu") -> tuple[th.Tensor, 
     :return: Indices for training and for holdout
     """
     rows = th.arange(n, device=device)
-    held_out = (rows.double() * (math.sqrt(5) - 1) / 2) % 1 >= 1 - HELD_OUT
+    held_out = rows.double() * GOLDEN_RATIO % 1 >= 1 - HELD_OUT
     if not held_out.any():
         held_out[-1] = True
     return rows[~held_out], rows[held_out]

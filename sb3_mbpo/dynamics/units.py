@@ -4,6 +4,7 @@ import math
 
 import torch as th
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 # What is further from the mean than this many standard deviations is a jump. To find them, values are brought that near, again
 # and again, which leaves the scale of the rest if fewer than 1 / 5**2 = 4 % are jumps.
 MAX_DEVIATION = 5.0
@@ -69,18 +70,20 @@ def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th
     What targets are standardised with: mean, and spread, which is 0 where a target is constant.
 
     The spread of the reward is its standard deviation, as errors of rewards add up whatever their size. That of a change of
-    the observation is the geometric mean of its standard deviation and of that of its bulk: an angle that wraps, or an
-    impact, neither makes all else tiny nor is out of reach.
+    the observation is the geometric mean of its standard deviation and of that of its bulk, but no less than a 25th of the
+    former: an angle that wraps, or an impact, neither makes all else tiny nor is out of reach.
 
     :param targets: (reward, next_obs - obs), ``(n, dim)``
     :param operands: (reward, obs), whose precision limits that of the targets, ``(n, dim)``
     :return: Mean and spread, float64, each ``(dim,)``
     """
     least = th.maximum(rounding(operands), rounding(targets))
+    # SB3's replay buffers have it in float32
+    least[0] = rounding(targets[:, :1].float())[0]
     std, mean = th.std_mean(targets.double(), dim=0, correction=0)
     of_bulk = bulk_std(targets)
     # Without the jumps it is constant: they are all there is to learn
-    scale = th.where(of_bulk > least, (std * of_bulk).sqrt(), std)
+    scale = th.where(of_bulk > least, th.maximum((std * of_bulk).sqrt(), std / MAX_DEVIATION**2), std)
     scale[0] = std[0]
     return mean, th.where(std > least, scale, 0.0)
 
@@ -90,7 +93,12 @@ def bulk_std(values: th.Tensor) -> th.Tensor:
     :param values: ``(n, dim)``
     :return: Standard deviation of each column without its jumps, float64, ``(dim,)``
     """
-    some = values[:: math.ceil(len(values) / MAX_CLIPPED)].double()
+    some = values
+    if len(values) > MAX_CLIPPED:
+        # Spread evenly, in no rhythm that parallel environments could have
+        share = th.arange(MAX_CLIPPED, device=values.device).double() * GOLDEN_RATIO % 1
+        some = values[(share * len(values)).long()]
+    some = some.double()
     std, mean = th.std_mean(some, dim=0, correction=0)
     for _ in range(N_CLIPPINGS):
         std, mean = th.std_mean(some.clamp(mean - MAX_DEVIATION * std, mean + MAX_DEVIATION * std), dim=0, correction=0)
