@@ -164,7 +164,7 @@ def in_space(space: spaces.Space[Any], flat: th.Tensor) -> Any:
 
     :param space: A supported observation space
     :param flat: ``(n, dim)``
-    :return: NumPy arrays ``(n, *shape)``, or a dictionary of them; floats as float32, bits in the type of their space
+    :return: NumPy arrays ``(n, *shape)``, or a dictionary of them; floats in their precision, bits in the type of their space
     """
     observation: Any = unflatten(space, flat.cpu().numpy())
     if isinstance(space, spaces.Dict):

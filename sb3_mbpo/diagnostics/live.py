@@ -25,7 +25,7 @@ LOGGED_STEPS = (1, 2, 5, 10, 20)
 # Enough for two digits, and cheap beside a training
 MAX_WINDOWS = 200
 N_PARTICLES = 25
-# Transitions trained on (a fifth of them only to tell when to stop), for the likelihood that those not trained on are compared
+# Transitions of the last training (a tenth of them held out), for the likelihood that those not trained on are compared
 # with
 N_REFERENCE = 1_000
 

@@ -162,7 +162,7 @@ def data_scale(transitions: Transitions) -> th.Tensor:
     """
     :param transitions: Real ones
     :return: Standard deviation of the reward and of each dimension of the observation, ``(1 + obs_dim,)``. What varies by
-        less than float32 can tell apart has none.
+        less than its precision can tell apart has none.
     """
     data = th.cat([transitions.rewards[:, None], transitions.obs], dim=1)
     return spread(data, data)
