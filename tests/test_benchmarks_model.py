@@ -12,6 +12,7 @@ import torch as th
 from scipy import stats
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from benchmarks import model
 from benchmarks.model import N_NEXT, VARIANTS, Errors, as_regression, errors, measure, seconds_by_size
 from sb3_mbpo.buffers import real_transitions
 from sb3_mbpo.dynamics.rollouts import Transitions
@@ -19,6 +20,12 @@ from tests.agents import make_agent
 from tests.test_ensemble import linear_ensemble
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Compiling takes longer than what is tested."""
+    monkeypatch.setattr(model, "compiled", lambda function, device: function)
 
 
 def test_errors_of_a_known_model():
@@ -57,7 +64,7 @@ def buffer_of(sizes, seed=0):
     return real_transitions(buffer)
 
 
-def test_errors_are_those_of_the_next_transitions():
+def test_errors_are_those_of_the_next_transitions(eager):
     """Steps are of another size in the next 1,000 transitions, and in those after them."""
     transitions = buffer_of(np.repeat([0.0, 5.0, 100.0], [400, N_NEXT, 50]))
     (found,) = measure(transitions, VARIANTS["budget"]._replace(steps=0.02), range(400, 401), seed=0)
@@ -68,7 +75,7 @@ def test_errors_are_those_of_the_next_transitions():
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "paper"])
-def test_ways(name):
+def test_ways(name, eager):
     # Each transition begins anew, so that the next ones are of the same distribution
     transitions = buffer_of(np.full(400 + N_NEXT, 1e-9))
     variant = VARIANTS[name]._replace(steps=0.02)
@@ -85,8 +92,8 @@ def test_regression():
 
 @pytest.mark.slow
 def test_seconds_of_model_training():
-    ((size, model, sac),) = seconds_by_size([300], rounds=1)
-    assert size == 300 and model > 0 and sac > 0
+    ((size, of_model, of_sac),) = seconds_by_size([300], rounds=1)
+    assert size == 300 and of_model > 0 and of_sac > 0
 
 
 @pytest.mark.slow

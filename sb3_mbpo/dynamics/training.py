@@ -47,7 +47,8 @@ class FitResult(NamedTuple):
     :param train_loss: Mean loss, of the last epoch or of the whole budget
     :param gradient_steps: How many there were
     :param r2: Share of the variance of the reward and of each dimension's change that the elites' mean explains in held-out
-        transitions (with a budget, ones that no training has seen), ``(1 + obs_dim,)``: 1 is perfect, 0 is as good as a constant. NaN where there is no variance.
+        transitions (with a budget, ones that no training has seen), ``(1 + obs_dim,)``: 1 is perfect, 0 is as good as a
+        constant. NaN where there is no variance.
     :param n_measured: Of how many transitions that is
     """
 
