@@ -263,8 +263,7 @@ class DynamicsCallback(BaseCallback):
                 f"{f' and {len(lost) - 1} more dimensions' if len(lost) > 1 else ''} of the observation cannot be told apart "
                 f"from one step to the next in float32, in which policies and model rollouts compute: values are up to "
                 f"{obs[:, dim].abs().max().item():.3g} and change by about {size:.3g}. Subtract a constant, or leave "
-                "the dimension out (`gymnasium.wrappers.TransformObservation`); float64 in the observation space keeps it "
-                "exact up to there.",
+                "the dimension out (`gymnasium.wrappers.TransformObservation`).",
             )
 
     def _compare_with_environment(self, transitions: Transitions) -> None:
