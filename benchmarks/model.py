@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +34,7 @@ from sb3_mbpo import MBPO
 from sb3_mbpo.buffers import real_transitions
 from sb3_mbpo.command_line import at_least
 from sb3_mbpo.compilation import compiled
+from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.dynamics.training import (
@@ -141,13 +143,16 @@ def by_the_paper(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, n_st
     return fit(ensemble, inputs, targets, None, step).gradient_steps
 
 
-def changed(train: Train) -> Way:
+def changed(train: Train, first_too: bool = False) -> Way:
     """
     :param train: Gradient steps that differ in one thing from those of the budget
+    :param first_too: Whether the first training makes these, too, and all of them
     :return: A training with these
     """
 
     def way(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, n_steps: int, step: Step) -> int:
+        if not (ensemble.is_fitted or first_too):
+            return by_budget(ensemble, inputs, targets, n_steps, step)
         ensemble.set_stats(inputs, targets)
         rows, holdout = split_for_good(len(inputs))
         train(ensemble, inputs, targets, rows, n_steps, step)
@@ -218,13 +223,19 @@ def small_batches(
     train_on(ensemble, inputs, targets, batches, 2 * n_steps, compiled(train_step, "cpu"), weight_decay(len(rows)))
 
 
-def with_decay(decay: float) -> Train:
+def all_steps(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
+    """Nothing ends a training before its budget."""
+    train_on(ensemble, inputs, targets, draw(rows, ensemble.n_members, n_steps), n_steps, step, weight_decay(len(rows)))
+
+
+def with_decay(decay: float) -> Way:
     """The same weight decay whatever the number of transitions."""
 
-    def train(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
-        train_on(ensemble, inputs, targets, draw(rows, ensemble.n_members, n_steps), n_steps, step, decay)
+    def way(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, n_steps: int, step: Step) -> int:
+        with patch.object(training, "weight_decay", lambda n: decay):
+            return by_budget(ensemble, inputs, targets, n_steps, step)
 
-    return train
+    return way
 
 
 class LayerNormEnsemble(Ensemble):
@@ -266,8 +277,9 @@ VARIANTS = {
     "averaged": Variant(changed(averaged)),
     "newest more often": Variant(changed(newest_more_often)),
     "small batches": Variant(changed(small_batches)),
-    "no weight decay": Variant(changed(with_decay(0.0))),
-    "weight decay 0.3": Variant(changed(with_decay(0.3))),
+    "whole first training": Variant(changed(all_steps, first_too=True)),
+    "no weight decay": Variant(with_decay(0.0)),
+    "weight decay 0.3": Variant(with_decay(0.3)),
     "layer norm": Variant(network=LayerNormEnsemble),
     "2 steps": Variant(steps=2.0),
     "half a step": Variant(steps=0.5),
@@ -420,9 +432,9 @@ def seconds_by_size(sizes: Sequence[int], rounds: int) -> Iterator[tuple[int, fl
         start = time.perf_counter()
         sac.train(100, 256)
         seconds[0].append(200 * (time.perf_counter() - start))
-        for size, training in trainings.items():
+        for size, arguments in trainings.items():
             start = time.perf_counter()
-            fit(*training)
+            fit(*arguments)
             seconds[size].append(1_000 / TRAIN_EVERY * (time.perf_counter() - start))
     for size in sizes:
         yield size, float(np.median(seconds[size])), float(np.median(seconds[0]))

@@ -131,9 +131,9 @@ class MBPO(SAC):
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
         the model predicts the reward. If it disagrees with more than 1 % of the real transitions, a warning says so.
     :param model_gradient_steps: Gradient steps of the model for each environment step since it was last trained; for the
-        first training, for each transition that there is, but for 2,000 at least and 20,000 at most. None: the paper's rule,
-        on and on until no network improves on held-out transitions for five epochs; that takes longer the more data there
-        are, and hardly ends where there is no noise.
+        first training, for each transition that there is, but for 2,000 at least and 20,000 at most, and fewer if held-out
+        transitions become no likelier. None: the paper's rule, on and on until no network improves on held-out transitions for
+        five epochs; that takes longer the more data there are, and hardly ends where there is no noise.
     :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): more than twice
         and one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
         compiler. "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, SB3's own

@@ -17,6 +17,7 @@ from sb3_mbpo.dynamics.training import (
     budget,
     fit,
     holdout_errors,
+    holdout_nll,
     r2,
     shuffle_rows,
     split_at_random,
@@ -413,8 +414,34 @@ def test_fit_within_a_budget(monkeypatch):
     assert ensemble.optimizer.state_dict()["state"][0]["step"] == 100
 
 
+def test_the_first_training_ends_where_nothing_is_left_to_learn(monkeypatch):
+    """Of noise there is nothing to learn but how much there is. Each member ends with the weights that were best."""
+    th.manual_seed(0)
+    inputs, targets = th.randn(300, 5), th.randn(300, 4)
+    ensemble = make_ensemble(hidden_sizes=(100, 100), learning_rate=2e-3)
+    looks, weights = [], []
+
+    def look(*args):
+        looks.append(holdout_nll(*args))
+        weights.append(ensemble.weights[1].detach().clone())
+        return looks[-1]
+
+    monkeypatch.setattr(training, "holdout_nll", look)
+    result = fit(ensemble, inputs, targets, 3_000)
+    scores = th.stack(looks)
+    assert result.gradient_steps == 100 * len(scores) < 3_000
+    best, at = scores.min(dim=0)
+    assert len(scores) - 1 - at.max() == 5
+    assert all(th.equal(ensemble.weights[1][member], weights[look][member]) for member, look in enumerate(at.tolist()))
+    # Of the true distribution it is 1; of weights that know the 270 rows by heart it is far more
+    assert best.max() < 1.5 < 3 < scores[-1].min()
+    # Later trainings are short, and make all of their steps
+    looks.clear()
+    assert fit(ensemble, inputs, targets, 700).gradient_steps == 700 and not looks
+
+
 def test_measures_against_numpy():
-    """R2 of the elites' mean, and the error that members are judged by."""
+    """R2 of the elites' mean, the error that members are judged by, and the likelihood that ends the first training."""
     rng = np.random.default_rng(0)
     inputs, targets = numbered_data(500)
     targets[:, 2] = 4.0
@@ -422,12 +449,17 @@ def test_measures_against_numpy():
     ensemble = make_ensemble()
     fit(ensemble, inputs, targets, 30)
     rows = rng.choice(500, 80, replace=False)
-    mean, _ = ensemble.predict(inputs.double()[rows])
+    mean, std = ensemble.predict(inputs.double()[rows])
     truth = targets.double()[rows].numpy()
     errors = (mean.numpy() - truth)[:, :, [0, 1, 3]] / ensemble.target_std.numpy()[[0, 1, 3]]
     size = np.abs(errors)
     expected = np.where(size < 5, size**2, 10 * size - 25).sum(2).mean(1) / 4
     np.testing.assert_allclose(holdout_errors(ensemble, inputs[rows], targets[rows]), expected, rtol=1e-4)
+    unit_std = std.numpy()[:, :, [0, 1, 3]] / ensemble.target_std.numpy()[[0, 1, 3]]
+    size = np.abs(errors) / unit_std
+    expected = (np.where(size < 5, size**2, 10 * size - 25) + 2 * np.log(unit_std)).sum(2).mean(1) / 4
+    assert (size > 5).any()
+    np.testing.assert_allclose(holdout_nll(ensemble, inputs[rows], targets[rows]), expected, rtol=1e-4)
     of_elites = mean.numpy()[ensemble.elites.long()].mean(0)
     with np.errstate(invalid="ignore"):
         expected = 1 - ((of_elites - truth) ** 2).mean(0) / truth.var(0)

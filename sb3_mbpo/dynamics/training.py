@@ -1,7 +1,7 @@
 """Fitting the ensemble: with a budget of gradient steps, or as in the paper until no member improves."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -14,13 +14,15 @@ from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber
 from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
-# With a budget: share of the transitions that no training ever sees, and of how many of them the model is measured on
+# With a budget: share of the transitions that no gradient step ever sees, and on how many of them the model is measured
 HELD_OUT = 0.1
 MAX_MEASURED = 2_000
 # The first training has the budget of as many environment steps as there are transitions, but within these
 MIN_FIRST_STEPS, MAX_FIRST_STEPS = 2_000, 20_000
-# Batches whose rows are drawn at once
-DRAWN_AT_ONCE = 64
+# Gradient steps of the first training between two looks at held-out rows, whose rows are drawn at once
+STEPS_PER_LOOK = 100
+# Looks at held-out rows, or epochs of the paper's rule, without improvement of any member after which training stops
+PATIENCE = 5
 # See `weight_decay`
 MAX_WEIGHT_DECAY, ROWS_OF_PRIOR = 0.3, 1_000
 
@@ -29,8 +31,6 @@ HOLDOUT_RATIO = 0.2
 MAX_HOLDOUT = 5_000
 # A member improves if its holdout error falls by more than this share of its best
 MIN_IMPROVEMENT = 0.01
-# Epochs without improvement of any member after which training stops
-PATIENCE = 5
 # Fewest rows in an epoch: with less data it goes through them several times, to make as many steps of Adam. 4,000 are an
 # epoch of the authors' first training; with 400, 5 epochs of one pass each were 10 steps, and trainings ended by chance with
 # poor models.
@@ -228,6 +228,22 @@ def holdout_errors(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) ->
 
 
 @th.no_grad()
+def holdout_nll(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    What :func:`~sb3_mbpo.dynamics.ensemble.gaussian_nll` is, but linear beyond five standard deviations for the reward too: a
+    rare one does not decide.
+
+    :param ensemble: Not changed
+    :param inputs: (obs, action), raw, the same for every member, ``(n, obs_dim + action_dim)``
+    :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``
+    :return: Of each member, ``(n_members,)``
+    """
+    mean, log_var = ensemble(ensemble.unit_inputs(inputs).expand(ensemble.n_members, -1, -1))
+    z = (ensemble.unit_targets(targets) - mean) * th.exp(-0.5 * log_var)
+    return ((huber(z) + log_var) * ensemble.varies).mean(dim=(1, 2))
+
+
+@th.no_grad()
 def r2(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
     """
     :param ensemble: Not changed
@@ -245,28 +261,30 @@ def r2(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
 
 class BestWeights:
     """
-    The best weights of each member so far, by its holdout error.
+    The best weights of each member so far, by a score on held-out rows.
 
     :param ensemble: Whose weights to keep; those it has now are kept until a member improves
+    :param min_improvement: By how much a score must fall
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, min_improvement: float = 0.0) -> None:
         self.ensemble = ensemble
-        self.mse = th.full((ensemble.n_members,), th.inf, device=ensemble.elites.device)
+        self.min_improvement = min_improvement
+        self.score = th.full((ensemble.n_members,), th.inf, device=ensemble.elites.device)
         self.saved = [parameter.detach().clone() for parameter in self._parameters()]
 
     def _parameters(self) -> list[th.Tensor]:
         return [*self.ensemble.weights, *self.ensemble.biases]
 
-    def update(self, mse: th.Tensor) -> bool:
+    def update(self, score: th.Tensor) -> bool:
         """
-        :param mse: Holdout error of each member (:func:`holdout_errors`), ``(n_members,)``
+        :param score: Of each member, the lower the better, ``(n_members,)``
         :return: Whether any member improved
         """
-        improved = mse < (1 - MIN_IMPROVEMENT) * self.mse
+        improved = score < self.score - self.min_improvement
         for saved, parameter in zip(self.saved, self._parameters(), strict=True):
             saved[improved] = parameter.detach()[improved]
-        self.mse[improved] = mse[improved]
+        self.score[improved] = score[improved]
         return bool(improved.any())
 
     @th.no_grad()
@@ -277,23 +295,35 @@ class BestWeights:
 
 
 def _train_within_budget(
-    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, train: th.Tensor, n_steps: int, compiled_step: Step | None
-) -> float:
+    ensemble: Ensemble,
+    inputs: th.Tensor,
+    targets: th.Tensor,
+    train: th.Tensor,
+    holdout: th.Tensor,
+    n_steps: int,
+    compiled_step: Step | None,
+) -> tuple[float, int]:
     """
-    Gradient steps on batches that each member draws from all rows.
+    Gradient steps on batches that each member draws from all rows. The first training sees few rows hundreds of times: it ends
+    early where the likelihood of held-out rows gets no better, and each member gets its best weights back.
 
-    :return: Mean loss
+    :return: Mean loss, and the number of gradient steps
     """
-
-    def batches() -> Iterator[th.Tensor]:
-        for first in range(0, n_steps, DRAWN_AT_ONCE):
-            n = min(DRAWN_AT_ONCE, n_steps - first)
-            drawn = train[th.randint(len(train), (n, ensemble.n_members, BATCH_SIZE), device=train.device)]
-            yield from drawn.unbind()
-
-    loss = train_on(ensemble, inputs, targets, batches(), n_steps, compiled_step, weight_decay(len(train))).mean()
+    best = None if ensemble.is_fitted else BestWeights(ensemble)
+    losses: list[th.Tensor] = []
+    since_improvement = 0
+    while len(losses) < n_steps and since_improvement < PATIENCE:
+        n = min(STEPS_PER_LOOK, n_steps - len(losses))
+        batches = train[th.randint(len(train), (n, ensemble.n_members, BATCH_SIZE), device=train.device)].unbind()
+        losses += train_on(ensemble, inputs, targets, batches, n, compiled_step, weight_decay(len(train))).unbind()
+        if best is not None:
+            improved = best.update(holdout_nll(ensemble, inputs[holdout], targets[holdout]))
+            since_improvement = 0 if improved else since_improvement + 1
+    if best is not None:
+        best.restore()
+    loss = th.stack(losses).mean()
     _refuse_divergence(loss)
-    return loss.item()
+    return loss.item(), len(losses)
 
 
 def _train_until_no_improvement(
@@ -310,7 +340,8 @@ def _train_until_no_improvement(
 
     :return: Mean loss of the last epoch, and the number of gradient steps
     """
-    best = BestWeights(ensemble)
+    # In logarithms a share is a difference
+    best = BestWeights(ensemble, -math.log(1 - MIN_IMPROVEMENT))
     indices = train[bootstrap(len(train), ensemble.n_members, inputs.device)]
     # With less data than that, each pass is one step: more rows would be the same ones again
     batch_size = min(BATCH_SIZE, len(train))
@@ -323,7 +354,7 @@ def _train_until_no_improvement(
         n_steps += len(batches)
         mse = holdout_errors(ensemble, inputs[holdout], targets[holdout])
         _refuse_divergence(loss + mse.sum())
-        since_improvement = 0 if best.update(mse) else since_improvement + 1
+        since_improvement = 0 if best.update(mse.log()) else since_improvement + 1
     best.restore()
     return loss.item(), n_steps
 
@@ -349,9 +380,10 @@ def fit(
     :param ensemble: Trained in place
     :param inputs: (obs, action), raw, ``(n, obs_dim + action_dim)``, in the precision that the data have
     :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``, in the precision that the data have
-    :param n_steps: Gradient steps (see :func:`budget`). None: as many epochs as the paper's rule takes, until no member
-        improves on held-out transitions for 5 epochs. An epoch is one pass over the training rows, or, if they are fewer
-        than 4,000, as many as make 16 gradient steps.
+    :param n_steps: Gradient steps (see :func:`budget`); the first training makes fewer if held-out transitions become no
+        likelier. None: as many epochs as the paper's rule takes, until no member improves on held-out transitions for 5
+        epochs. An epoch is one pass over the training rows, or, if they are fewer than 4,000, as many as make 16 gradient
+        steps.
     :param compiled_step: What :func:`train_step` was compiled to
     :return: What was done, and how good the model is
     :raises ValueError: if there are fewer than two rows, or if a row is not finite
@@ -374,8 +406,8 @@ def fit(
             loss, n_steps = _train_until_no_improvement(ensemble, inputs, targets, train, holdout, compiled_step)
         else:
             train, holdout = split_for_good(len(inputs), inputs.device)
-            loss = _train_within_budget(ensemble, inputs, targets, train, n_steps, compiled_step)
-        holdout = holdout[:: math.ceil(len(holdout) / MAX_MEASURED)]
+            holdout = holdout[:: math.ceil(len(holdout) / MAX_MEASURED)]
+            loss, n_steps = _train_within_budget(ensemble, inputs, targets, train, holdout, n_steps, compiled_step)
         errors = holdout_errors(ensemble, inputs[holdout], targets[holdout])
         _refuse_divergence(errors.sum())
     # An interruption too: what is saved then must not be half-trained
