@@ -29,7 +29,7 @@ DOCS = [
 DIAGNOSTICS = ["gymnasium[mujoco]", "jinja2", "matplotlib", "tensorboard"]
 
 
-BENCHMARKS = [*ZOO, "filelock", "joblib", "matplotlib", "rliable>=1.2", "scipy"]
+BENCHMARKS = [*ZOO, "filelock", "joblib", "matplotlib", "rliable>=1.2"]
 
 # Runs of the benchmark on several machines
 CLUSTER = [*BENCHMARKS, "ray>=2.40"]

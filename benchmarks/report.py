@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rliable import library  # type: ignore[import-untyped]
-from scipy.stats import trim_mean  # type: ignore[import-untyped]
 
 # Evaluations of one episode are noisy: values in tables are means of so many
 WINDOW = 5
@@ -70,8 +69,10 @@ def iqm_over_seeds(scores: np.ndarray) -> np.ndarray:
     :param scores: ``(n_seeds, 1, n)``, as rliable wants them
     :return: ``(n,)``
     """
-    # What rliable's aggregate_iqm is, of all steps in one call
-    return trim_mean(scores[:, 0], 0.25, axis=0)
+    # What rliable's aggregate_iqm is, of all steps in one call; scipy's trim_mean takes most of its time for its arguments
+    n_cut = len(scores) // 4
+    means: np.ndarray = np.sort(scores[:, 0], axis=0)[n_cut : len(scores) - n_cut].mean(axis=0)
+    return means
 
 
 def returns(table: pd.DataFrame, env: str, algo: str) -> pd.DataFrame:

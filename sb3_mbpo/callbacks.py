@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Share of the real transitions, and of those that end an episode, on which a known function may disagree without a warning
 MAX_MISMATCH = 0.01
 MAX_TERMINAL_MISMATCH = 0.1
+# Share of the transitions that may be ends of episodes
+MAX_ENDS = 0.25
 # Held-out transitions on which the model must have been measured for a warning
 MIN_MEASURED = 50
 # Relative to the reward and to the spread of all rewards
@@ -159,7 +161,9 @@ class DynamicsCallback(BaseCallback):
             transitions = self.real.update(agent.replay_buffer, now - self.last_update)
             self.last_update = now
             vec_normalize = agent.get_vec_normalize_env()
-            if vec_normalize is not None and vec_normalize.norm_obs:
+            normalises = vec_normalize is not None and vec_normalize.norm_obs
+            self._warn_of_rounding(transitions, normalises)
+            if normalises:
                 # Last observations of episodes have come back from float32
                 transitions = transitions._replace(obs=transitions.obs.float(), next_obs=transitions.next_obs.float())
             if retrain:
@@ -205,7 +209,6 @@ class DynamicsCallback(BaseCallback):
             except DivergenceError:
                 agent.log_divergence("model")
                 raise
-            self._warn_of_rounding(obs, next_obs)
             # On the goals that were pursued: whether an episode ended may be about them
             if self.model_env.termination_fn is None:
                 agent.termination_classifier.fit(transitions.next_obs, transitions.terminated)
@@ -251,9 +254,15 @@ class DynamicsCallback(BaseCallback):
             )
         return quality
 
-    def _warn_of_rounding(self, obs: th.Tensor, next_obs: th.Tensor) -> None:
-        """Policies and model rollouts are in float32."""
-        lost = lost_in_float32(obs, next_obs).nonzero().squeeze(1).tolist()
+    def _warn_of_rounding(self, transitions: Transitions, ends_are_rounded: bool) -> None:
+        """
+        Policies and model rollouts are in float32.
+
+        :param transitions: Real ones
+        :param ends_are_rounded: Whether last observations of episodes are, so that what is constant changes there
+        """
+        obs, next_obs = transitions.obs, transitions.next_obs
+        lost = lost_in_float32(obs, next_obs, MAX_ENDS if ends_are_rounded else 0.0).nonzero().squeeze(1).tolist()
         if lost:
             dim = lost[0]
             size = (next_obs - obs)[:, dim].double().square().mean().sqrt().item()

@@ -132,7 +132,7 @@ from sb3_mbpo.dynamics import training
 
 where, folder = sys.argv[1:]
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-agent = make_agent()
+agent = make_agent(model_gradient_steps=0.1)
 
 def killing(module, name, when):
     "The `when`-th call goes half of the way."

@@ -282,7 +282,7 @@ def test_retention_is_bounded(events):
 
 def test_real_ratio_one_is_sac():
     """The paper's "no model": the same numbers as SAC, bit for bit."""
-    kwargs = {name: SMALL[name] for name in ("learning_starts", "batch_size", "policy_kwargs", "seed", "device")}
+    kwargs = {name: value for name, value in SMALL.items() if name in inspect.signature(SAC).parameters}
     kwargs.update(gradient_steps=4, target_update_interval=3)
     sac = SAC("MlpPolicy", "Pendulum-v1", **kwargs).learn(150)
     mbpo = make_agent(real_ratio=1.0, **{name: kwargs[name] for name in ("gradient_steps", "target_update_interval")}).learn(

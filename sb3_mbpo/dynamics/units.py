@@ -107,13 +107,15 @@ def bulk_std(values: th.Tensor) -> th.Tensor:
     return (((some - mean) * is_bulk).square().sum(dim=0) / is_bulk.sum(dim=0)).sqrt()
 
 
-def lost_in_float32(obs: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+def lost_in_float32(obs: th.Tensor, next_obs: th.Tensor, min_share: float = 0.0) -> th.Tensor:
     """
     :param obs: ``(n, obs_dim)``
     :param next_obs: ``(n, obs_dim)``
+    :param min_share: Share of the rows in which a dimension must change to count
     :return: Which dimensions change, but by so little beside their values that float32 has less than ten numbers for it, bool,
         ``(obs_dim,)``
     """
     size = (next_obs - obs).double().square().mean(dim=0).sqrt()
     one_float32 = obs.abs().amax(dim=0).double() * th.finfo(th.float32).eps
-    return (size > 0) & (size < 10 * one_float32) & (spread(obs, obs) > 0)
+    share = (next_obs != obs).double().mean(dim=0)
+    return (share > min_share) & (size < 10 * one_float32) & (spread(obs, obs) > 0)
