@@ -230,7 +230,7 @@ def test_terminations_where_nothing_ended_or_nothing_is_predicted(point):
 
 def test_policy_shift_on_known_policies():
     """x' = x + a / 2: the divergence of policies that differ in a bias is known, and models of more data are better."""
-    agent = make_agent(PointEnv(), model_hidden_sizes=[32, 32])
+    agent = make_agent(PointEnv(), model_hidden_sizes=[32, 32], model_gradient_steps=0.1)
     # The same spread in all states, so that the divergence is, too
     with th.no_grad():
         agent.actor.log_std.weight.zero_()
