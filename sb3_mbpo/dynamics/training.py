@@ -47,7 +47,7 @@ class FitResult(NamedTuple):
     :param train_loss: Mean loss, of the last epoch or of the whole budget
     :param gradient_steps: How many there were
     :param r2: Share of the variance of the reward and of each dimension's change that the elites' mean explains in held-out
-        transitions (with a budget, ones that no training has seen), ``(1 + obs_dim,)``: 1 is perfect, 0 is as good as a
+        transitions (with a budget, ones that no gradient step has seen), ``(1 + obs_dim,)``: 1 is perfect, 0 is as good as a
         constant. NaN where there is no variance.
     :param n_measured: Of how many transitions that is
     """
@@ -85,7 +85,7 @@ def weight_decay(n: int) -> float:
 
 def split_for_good(n: int, device: th.device | str = "cpu") -> tuple[th.Tensor, th.Tensor]:
     """
-    Hold out a tenth of the rows, the same ones whenever there are more: what no training has seen tells how good a model is.
+    Hold out a tenth of the rows, the same ones whenever there are more: what no gradient step has seen tells how good a model is.
     They are spread evenly, but in no rhythm that parallel environments could have: the multiples of the golden ratio.
 
     :param n: Number of rows, at least two
