@@ -85,8 +85,8 @@ def weight_decay(n: int) -> float:
 
 def split_for_good(n: int, device: th.device | str = "cpu") -> tuple[th.Tensor, th.Tensor]:
     """
-    Hold out a tenth of the rows, the same ones whenever there are more: what no gradient step has seen tells how good a model is.
-    They are spread evenly, but in no rhythm that parallel environments could have: the multiples of the golden ratio.
+    Hold out a tenth of the rows, the same ones whenever there are more: what no gradient step has seen tells how good a model
+    is. They are spread evenly, but in no rhythm that parallel environments could have: the multiples of the golden ratio.
 
     :param n: Number of rows, at least two
     :return: Indices for training and for holdout
