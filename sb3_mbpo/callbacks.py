@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Share of the real transitions, and of those that end an episode, on which a known function may disagree without a warning
 MAX_MISMATCH = 0.01
 MAX_TERMINAL_MISMATCH = 0.1
-# Share of the transitions that may be ends of episodes
+# Share of the transitions in which a dimension may change by the rounding of last observations alone
 MAX_ENDS = 0.25
 # Held-out transitions on which the model must have been measured for a warning
 MIN_MEASURED = 50
@@ -162,7 +162,8 @@ class DynamicsCallback(BaseCallback):
             self.last_update = now
             vec_normalize = agent.get_vec_normalize_env()
             normalises = vec_normalize is not None and vec_normalize.norm_obs
-            self._warn_of_rounding(transitions, normalises)
+            if retrain:
+                self._warn_of_rounding(transitions, normalises)
             if normalises:
                 # Last observations of episodes have come back from float32
                 transitions = transitions._replace(obs=transitions.obs.float(), next_obs=transitions.next_obs.float())
