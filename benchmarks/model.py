@@ -14,7 +14,7 @@ import csv
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -41,6 +41,7 @@ from sb3_mbpo.dynamics.training import (
     BATCH_SIZE,
     Step,
     budget,
+    draw_batches,
     fit,
     holdout_errors,
     split_for_good,
@@ -109,10 +110,11 @@ def make_env(task: str) -> gym.Env[Any, Any]:
     return RepeatAction(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
 
 
-def collect(task: str, file: Path) -> Transitions:
+def collect(task: str, file: Path, device: str) -> Transitions:
     """
     :param task: Key of ``TASKS``
     :param file: Where its replay buffer is, or is put
+    :param device: Where to put the tensors
     :return: Its transitions, in their order
     """
     if not file.exists():
@@ -122,7 +124,7 @@ def collect(task: str, file: Path) -> Transitions:
         agent.save_replay_buffer(file)
     buffer = load_from_pkl(file)
     assert isinstance(buffer, ReplayBuffer)
-    return real_transitions(buffer)
+    return real_transitions(buffer, device)
 
 
 # --- Ways to train ------------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def changed(train: Train, first_too: bool = False) -> Way:
         if not (ensemble.is_fitted or first_too):
             return by_budget(ensemble, inputs, targets, n_steps, step)
         ensemble.set_stats(inputs, targets)
-        rows, holdout = split_for_good(len(inputs))
+        rows, holdout = split_for_good(len(inputs), inputs.device)
         train(ensemble, inputs, targets, rows, n_steps, step)
         ensemble.elites.copy_(holdout_errors(ensemble, inputs[holdout], targets[holdout]).argsort()[: len(ensemble.elites)])
         ensemble.n_fits += 1
@@ -163,19 +165,18 @@ def changed(train: Train, first_too: bool = False) -> Way:
     return way
 
 
-def draw(rows: th.Tensor, n_members: int, n_steps: int, batch_size: int = BATCH_SIZE) -> Iterator[th.Tensor]:
-    """
-    :return: Batches of each member, ``(n_members, batch_size)``
-    """
-    for _ in range(n_steps):
-        yield rows[th.randint(len(rows), (n_members, batch_size))]
+def last_weights(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
+    """The weights after the last step, not their mean."""
+    train_on(
+        ensemble, inputs, targets, draw_batches(rows, ensemble.n_members, n_steps), n_steps, step, weight_decay(len(rows))
+    )
 
 
 def rate_to_zero(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
-    """The learning rate falls to zero in each training."""
+    """The learning rate falls to zero in each training, and the last weights stay."""
     group = ensemble.optimizer.param_groups[0]
     rate = group["lr"]
-    for i, batch in enumerate(draw(rows, ensemble.n_members, n_steps)):
+    for i, batch in enumerate(draw_batches(rows, ensemble.n_members, n_steps)):
         group["lr"] = rate * (1 - i / n_steps)
         train_on(ensemble, inputs, targets, [batch], 1, step, weight_decay(len(rows)))
     group["lr"] = rate
@@ -184,21 +185,7 @@ def rate_to_zero(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows
 def adam_anew(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
     """Adam's moments begin anew in each training."""
     ensemble.optimizer.state.clear()
-    batches = draw(rows, ensemble.n_members, n_steps)
-    train_on(ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)))
-
-
-def averaged(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
-    """Each training ends in the mean of the weights of its second half."""
-    half, decay = n_steps // 2, weight_decay(len(rows))
-    train_on(ensemble, inputs, targets, draw(rows, ensemble.n_members, half), half, step, decay)
-    means = [th.zeros_like(parameter) for parameter in ensemble.parameters()]
-    for batch in draw(rows, ensemble.n_members, n_steps - half):
-        train_on(ensemble, inputs, targets, [batch], 1, step, decay)
-        for mean, parameter in zip(means, ensemble.parameters(), strict=True):
-            mean += parameter.detach() / (n_steps - half)
-    for mean, parameter in zip(means, ensemble.parameters(), strict=True):
-        parameter.detach().copy_(mean)
+    all_steps(ensemble, inputs, targets, rows, n_steps, step)
 
 
 def newest_more_often(
@@ -208,34 +195,26 @@ def newest_more_often(
 
     def batches() -> Iterator[th.Tensor]:
         n_new = BATCH_SIZE // 4
-        old = draw(rows, ensemble.n_members, n_steps, BATCH_SIZE - n_new)
-        for parts in zip(old, draw(rows[-900:], ensemble.n_members, n_steps, n_new), strict=True):
+        old = draw_batches(rows, ensemble.n_members, n_steps, BATCH_SIZE - n_new)
+        for parts in zip(old, draw_batches(rows[-900:], ensemble.n_members, n_steps, n_new), strict=True):
             yield th.cat(parts, dim=1)
 
-    train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)))
+    train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)), average=True)
 
 
 def small_batches(
     ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
 ) -> None:
     """Batches of half the size, twice as many."""
-    batches = draw(rows, ensemble.n_members, 2 * n_steps, BATCH_SIZE // 2)
-    train_on(ensemble, inputs, targets, batches, 2 * n_steps, compiled(train_step, "cpu"), weight_decay(len(rows)))
+    batches = draw_batches(rows, ensemble.n_members, 2 * n_steps, BATCH_SIZE // 2)
+    # Not the compiled step, which is for batches of the whole size
+    train_on(ensemble, inputs, targets, batches, 2 * n_steps, None, weight_decay(len(rows)), average=True)
 
 
 def all_steps(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
     """Nothing ends a training before its budget."""
-    train_on(ensemble, inputs, targets, draw(rows, ensemble.n_members, n_steps), n_steps, step, weight_decay(len(rows)))
-
-
-def with_decay(decay: float) -> Way:
-    """The same weight decay whatever the number of transitions."""
-
-    def way(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, n_steps: int, step: Step) -> int:
-        with patch.object(training, "weight_decay", lambda n: decay):
-            return by_budget(ensemble, inputs, targets, n_steps, step)
-
-    return way
+    batches, is_first = draw_batches(rows, ensemble.n_members, n_steps), not ensemble.is_fitted
+    train_on(ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), average=not is_first)
 
 
 class LayerNormEnsemble(Ensemble):
@@ -258,12 +237,14 @@ class Variant(NamedTuple):
     :param rate: Learning rate
     :param steps: Gradient steps for each environment step
     :param network: What is trained
+    :param constants: Of ``sb3_mbpo.dynamics.training``, in place of its own
     """
 
     way: Way = by_budget
     rate: float = 2e-3
     steps: float = 1.0
     network: type[Ensemble] = Ensemble
+    constants: Mapping[str, float] = {}
 
 
 VARIANTS = {
@@ -271,16 +252,19 @@ VARIANTS = {
     "paper": Variant(by_the_paper, rate=1e-3),
     # One thing changed
     "rate 1e-3": Variant(rate=1e-3),
+    "rate 1.5e-3": Variant(rate=1.5e-3),
     "rate 4e-3": Variant(rate=4e-3),
     "rate to zero": Variant(changed(rate_to_zero)),
     "Adam anew": Variant(changed(adam_anew)),
-    "averaged": Variant(changed(averaged)),
+    "last weights": Variant(changed(last_weights)),
     "newest more often": Variant(changed(newest_more_often)),
     "small batches": Variant(changed(small_batches)),
     "whole first training": Variant(changed(all_steps, first_too=True)),
-    "no weight decay": Variant(with_decay(0.0)),
-    "weight decay 0.3": Variant(with_decay(0.3)),
+    "no weight decay": Variant(constants={"MAX_WEIGHT_DECAY": 0.0}),
+    "weight decay 0.3": Variant(constants={"MAX_WEIGHT_DECAY": 0.3, "ROWS_OF_PRIOR": 1_000}),
     "layer norm": Variant(network=LayerNormEnsemble),
+    "no extra steps": Variant(constants={"EXTRA_STEPS": 0}),
+    "2,000 extra steps": Variant(constants={"EXTRA_STEPS": 2_000}),
     "2 steps": Variant(steps=2.0),
     "half a step": Variant(steps=0.5),
 }
@@ -365,14 +349,15 @@ def measure(transitions: Transitions, variant: Variant, rows: range, seed: int) 
     scale = spread(targets[first], operands[first])
     th.manual_seed(seed)
     obs_dim, action_dim = transitions.obs.shape[1], transitions.actions.shape[1]
-    ensemble = variant.network(obs_dim, action_dim, [200] * 4, 7, 5, variant.rate)
-    step = compiled(train_step, "cpu")
+    ensemble = variant.network(obs_dim, action_dim, [200] * 4, 7, 5, variant.rate).to(inputs.device)
+    step = compiled(train_step, inputs.device.type)
     try_step(ensemble, step)
     before = 0
     for n in rows:
-        n_steps = budget(variant.steps, n - before, is_first=before == 0)
-        assert n_steps is not None
-        made = variant.way(ensemble, inputs[:n], targets[:n], n_steps, step)
+        with patch.dict(vars(training), variant.constants):
+            n_steps = budget(variant.steps, n - before, n)
+            assert n_steps is not None
+            made = variant.way(ensemble, inputs[:n], targets[:n], n_steps, step)
         yield errors(ensemble, Transitions(*(column[n : n + N_NEXT] for column in transitions)), scale, made)
         before = n
 
@@ -385,7 +370,7 @@ def print_errors(args: argparse.Namespace) -> None:
         writer = csv.writer(file)
         writer.writerow(["task", "way", "seed", "transitions", *Errors._fields])
         for task in args.tasks:
-            transitions = collect(task, args.buffers / f"{task.replace('/', '_')}.pkl")
+            transitions = collect(task, args.buffers / f"{task.replace('/', '_')}.pkl", args.device)
             begin, end = args.begin or TASKS[task].begin, args.end or TASKS[task].end
             rows = range(begin, end + 1, args.every)
             for seed in args.seeds:
@@ -425,7 +410,7 @@ def seconds_by_size(sizes: Sequence[int], rounds: int) -> Iterator[tuple[int, fl
         ensemble = Ensemble(11, 3, [200] * 4, 7, 5, 2e-3)
         try_step(ensemble, compiled(train_step, "cpu"))
         inputs, targets = th.randn(size, 14, dtype=th.float64), th.randn(size, 12, dtype=th.float64)
-        trainings[size] = (ensemble, inputs, targets, TRAIN_EVERY, compiled(train_step, "cpu"))
+        trainings[size] = (ensemble, inputs, targets, budget(1.0, TRAIN_EVERY, size), compiled(train_step, "cpu"))
         fit(*trainings[size])
     seconds: dict[int, list[float]] = {size: [] for size in [0, *sizes]}
     for _ in range(rounds):
@@ -474,6 +459,7 @@ def main() -> None:
     error.add_argument("--end", type=at_least(2), help="transitions of the last training (default: the task's)")
     error.add_argument("--every", type=at_least(1), default=TRAIN_EVERY, help="environment steps between two trainings")
     error.add_argument("--buffers", type=Path, default=Path("runs/buffers"), help="folder for the replay buffers")
+    error.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     error.add_argument("--out", type=Path, default=Path("errors.csv"), help="table with a line for each training")
     error.set_defaults(run=print_errors)
     cost = commands.add_parser("cost", help="seconds of trainings")

@@ -194,9 +194,8 @@ class DynamicsCallback(BaseCallback):
         obs, actions, next_obs, rewards, _ = self._with_goals(transitions)
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
-        is_first = not agent.dynamics.is_fitted
-        n_new = len(obs) if is_first else agent.lifetime_timesteps - agent.last_model_training
-        n_steps = budget(agent.model_gradient_steps, n_new, is_first)
+        n_new = agent.lifetime_timesteps - agent.last_model_training if agent.dynamics.is_fitted else len(obs)
+        n_steps = budget(agent.model_gradient_steps, n_new, len(obs))
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
             try:

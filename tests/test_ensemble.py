@@ -271,17 +271,27 @@ def test_split_and_bootstrap():
 
 
 def test_budget():
-    assert budget(1.0, 250, is_first=False) == 250 and budget(0.5, 250, is_first=False) == 125
+    assert [budget(1.0, 250, n) for n in (1_000, 5_000, 250_000)] == [500, 300, 251] and budget(0.5, 250, 5_000) == 150
     # Everything is new to the first training
-    assert budget(1.0, 501, is_first=True) == 2_000 and budget(1.0, 5_001, is_first=True) == 5_001
-    assert budget(0.01, 10, is_first=False) == 1
-    assert budget(None, 250, is_first=True) is None
+    assert budget(1.0, 501, 501) == 1_501 and budget(1.0, 5_001, 5_001) == 6_001
+    assert budget(0.01, 10, 1_000) == 1
+    assert budget(None, 250, 250) is None
     # A replay buffer that was loaded
-    assert budget(1.0, 500_000, is_first=True) == 20_000 and budget(1.0, 500_000, is_first=False) == 500_000
+    assert budget(1.0, 500_000, 500_000) == 20_000 and budget(0.1, 500_000, 1_000_000) == 2_000
+
+
+@given(st.integers(1_000, 20_000), st.integers(1, 50), st.sampled_from([10, 50, 250]))
+def test_gradient_steps_do_not_depend_on_how_often_the_model_is_trained(n, n_trainings, every):
+    """One for each transition, and another 1,000 whenever they become e times as many."""
+    sizes = range(n + every, n + every * n_trainings + 1, every)
+    steps = sum(budget(1.0, every, size) for size in sizes)
+    expected = sizes[-1] - n + 1_000 * np.log(sizes[-1] / n)
+    # A sum for an integral, each part rounded
+    assert abs(steps - expected) <= every * 1_000 * (1 / n - 1 / sizes[-1]) + 0.5 * n_trainings
 
 
 def test_weight_decay_is_that_of_a_prior():
-    assert [weight_decay(n) for n in (10, 3_000, 10_000, 100_000)] == [0.3, 0.3, 0.1, 0.01]
+    assert [weight_decay(n) for n in (10, 3_000, 6_000, 100_000)] == [0.1, 0.1, 0.05, 0.003]
 
 
 @given(st.integers(2, 5_000), st.integers(1, 500))
@@ -379,12 +389,14 @@ def test_fit_within_a_budget(monkeypatch):
     n, n_members = 600, 4
     inputs, targets = numbered_data(n)
     ensemble = make_ensemble(n_members=n_members, n_elites=2, learning_rate=5e-3)
-    step, seen, states = training.train_step, [], []
+    step, seen, states, after = training.train_step, [], [], []
 
     def watched_step(self, state, x, y, numbers):
         seen.append(((x[:, :, 0] * self.input_std[0] + self.input_mean[0]) * n).round().int())
         states.append(({name: tensor.clone() for name, tensor in state.parameters.items()}, x, y))
-        return step(self, state, x, y, numbers)
+        loss = step(self, state, x, y, numbers)
+        after.append({name: tensor.clone() for name, tensor in state.parameters.items()})
+        return loss
 
     monkeypatch.setattr(training, "train_step", watched_step)
     result = fit(ensemble, inputs, targets, n_steps=90)
@@ -398,7 +410,7 @@ def test_fit_within_a_budget(monkeypatch):
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in states[0][0].items()}
     weights = [tensor for name, tensor in parameters.items() if name.startswith("weights.")]
     others = [tensor for name, tensor in parameters.items() if not name.startswith("weights.")]
-    groups = [{"params": weights, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     adamw = th.optim.AdamW(groups, lr=5e-3)
     for _, x, y in states[:20]:
         adamw.zero_grad()
@@ -409,9 +421,12 @@ def test_fit_within_a_budget(monkeypatch):
 
     errors = holdout_errors(ensemble, inputs[holdout], targets[holdout])
     assert ensemble.elites.long().tolist() == errors.argsort()[:2].tolist()
-    # A second training goes on with Adam as it is
-    fit(ensemble, inputs, targets, n_steps=10)
-    assert ensemble.optimizer.state_dict()["state"][0]["step"] == 100
+    # A second training goes on with Adam as it is, and ends in the mean of the weights from half of it on
+    after.clear()
+    fit(ensemble, inputs, targets, n_steps=11)
+    assert ensemble.optimizer.state_dict()["state"][0]["step"] == 101
+    for name, parameter in ensemble.named_parameters():
+        np.testing.assert_allclose(parameter.detach(), th.stack([each[name] for each in after[5:]]).mean(dim=0), atol=1e-6)
 
 
 def test_the_first_training_ends_where_nothing_is_left_to_learn(monkeypatch):

@@ -53,7 +53,7 @@ def test_numbers(rows):
         assert float(row["model/rollout_length"]) == 4
         assert float(row["model/rollout_length_mean"]) == pytest.approx(1.87, abs=0.02)
         assert float(row["model/model_buffer_size"]) == pytest.approx(187 * trainings, abs=2)
-        assert float(row["model/gradient_steps"]) == (20 if trainings == 1 else 1)
+        assert float(row["model/gradient_steps"]) == (11 if trainings == 1 else 5)
         # The function calls every second row terminal, the environment none but one in thirty
         assert float(row["model/termination_mismatch"]) == pytest.approx(0.5, abs=0.06)
         assert np.isfinite(float(row["model/train_loss"]))

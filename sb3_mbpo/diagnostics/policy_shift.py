@@ -89,7 +89,7 @@ def policy_shift(
             agent.model_learning_rate,
         ).to(agent.device)
         rows = th.randperm(len(inputs), device=inputs.device)[:size]
-        fit(model, inputs[rows], targets[rows], budget(agent.model_gradient_steps, size, is_first=True))
+        fit(model, inputs[rows], targets[rows], budget(agent.model_gradient_steps, size, size))
         models.append((model, model.nll(inputs[rows], targets[rows])))
 
     scale = spread(targets[:, 1:], data.obs)

@@ -1,7 +1,7 @@
 """Fitting the ensemble: with a budget of gradient steps, or as in the paper until no member improves."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -17,14 +17,14 @@ BATCH_SIZE = 256
 # With a budget: share of the transitions that no gradient step ever sees, and on how many of them the model is measured
 HELD_OUT = 0.1
 MAX_MEASURED = 2_000
-# The first training has the budget of as many environment steps as there are transitions, but within these
-MIN_FIRST_STEPS, MAX_FIRST_STEPS = 2_000, 20_000
-# Gradient steps of the first training between two looks at held-out rows, whose rows are drawn at once
+# See `budget`
+EXTRA_STEPS, MAX_STEPS = 1_000, 20_000
+# Gradient steps of the first training between two looks at held-out rows
 STEPS_PER_LOOK = 100
 # Looks at held-out rows, or epochs of the paper's rule, without improvement of any member after which training stops
 PATIENCE = 5
 # See `weight_decay`
-MAX_WEIGHT_DECAY, ROWS_OF_PRIOR = 0.3, 1_000
+MAX_WEIGHT_DECAY, ROWS_OF_PRIOR = 0.1, 300
 
 # The paper's rule
 HOLDOUT_RATIO = 0.2
@@ -58,24 +58,25 @@ class FitResult(NamedTuple):
     n_measured: int
 
 
-def budget(steps_per_env_step: float | None, n_new: int, is_first: bool) -> int | None:
+def budget(steps_per_env_step: float | None, n_new: int, n: int) -> int | None:
     """
+    The fewer transitions there are, the more each new one changes. With one gradient step per environment step the first
+    training makes 1,000 more than there are transitions; one that comes 250 steps later on 1,000 makes 500, on 25,000 260.
+
     :param steps_per_env_step: Gradient steps of the model for each environment step, None for the paper's rule
-    :param n_new: Environment steps since it was last trained, or transitions if it never was
-    :param is_first: Whether it was never trained, and must learn everything
+    :param n_new: Environment steps since it was last trained; if it never was, all transitions
+    :param n: Number of transitions
     :return: Gradient steps of the training, at least one; None for the paper's rule
     """
     if steps_per_env_step is None:
         return None
-    if is_first:
-        n_new = min(max(n_new, MIN_FIRST_STEPS), MAX_FIRST_STEPS)
-    return max(1, round(steps_per_env_step * n_new))
+    return max(1, round(steps_per_env_step * min(n_new * (1 + EXTRA_STEPS / n), MAX_STEPS)))
 
 
 def weight_decay(n: int) -> float:
     """
     By how much the weights shrink at each step, so that an ensemble that sees few transitions hundreds of times does not
-    become sure of what it makes of them. A prior that counts as much as 1,000 transitions: the more data, the less.
+    become sure of what it makes of them. A prior that counts as much as 300 transitions: the more data, the less.
 
     :param n: Number of training rows
     :return: Decoupled weight decay (Loshchilov & Hutter 2019) as a share of the learning rate
@@ -117,6 +118,18 @@ def bootstrap(n: int, n_members: int, device: th.device | str = "cpu") -> th.Ten
     :return: For each member its own ``n`` rows, drawn with replacement: indices ``(n_members, n)``
     """
     return th.randint(n, (n_members, n), device=device)
+
+
+def draw_batches(rows: th.Tensor, n_members: int, n_steps: int, batch_size: int = BATCH_SIZE) -> Iterator[th.Tensor]:
+    """
+    :param rows: Indices to draw from, with replacement
+    :param n_members: Number of networks
+    :param n_steps: Number of batches
+    :param batch_size: Size of each member's batch
+    :return: For each step a batch of each member's own, ``(n_members, batch_size)``
+    """
+    for _ in range(n_steps):
+        yield rows[th.randint(len(rows), (n_members, batch_size), device=rows.device)]
 
 
 def shuffle_rows(indices: th.Tensor) -> th.Tensor:
@@ -190,6 +203,7 @@ def train_on(
     n_steps: int,
     compiled_step: Step | None = None,
     decay: float = 0.0,
+    average: bool = False,
 ) -> th.Tensor:
     """
     One gradient step on each batch.
@@ -201,13 +215,24 @@ def train_on(
     :param n_steps: Number of batches
     :param compiled_step: What :func:`train_step` was compiled to, for batches of 256
     :param decay: Share of the learning rate by which weights shrink at each step (see :func:`weight_decay`)
+    :param average: Whether to end in the mean of the weights of the second half of these steps, which jump less (Izmailov
+        et al. 2018)
     :return: Loss of each step, ``(n_steps,)``
     """
     state, losses = _train_state(ensemble), []
-    for rows, of_step in zip(batches, _numbers(ensemble, n_steps, decay).unbind(), strict=True):
+    parameters, half = list(state.parameters.values()), n_steps // 2
+    for i, (rows, of_step) in enumerate(zip(batches, _numbers(ensemble, n_steps, decay).unbind(), strict=True)):
         x, y = (array.index_select(0, rows.reshape(-1)).view(*rows.shape, -1) for array in (inputs, targets))
         step = compiled_step if compiled_step is not None and rows.shape[1] == BATCH_SIZE else train_step
         losses.append(step(ensemble, state, ensemble.unit_inputs(x), ensemble.unit_targets(y), of_step))
+        if average and i == half:
+            means = [parameter.clone() for parameter in parameters]
+        elif average and i > half:
+            for mean, parameter in zip(means, parameters, strict=True):
+                mean.lerp_(parameter, 1 / (i - half + 1))
+    if average:
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.copy_(mean)
     count_steps(ensemble.optimizer, n_steps)
     return th.stack(losses)
 
@@ -305,17 +330,19 @@ def _train_within_budget(
 ) -> tuple[float, int]:
     """
     Gradient steps on batches that each member draws from all rows. The first training sees few rows hundreds of times: it ends
-    early where the likelihood of held-out rows gets no better, and each member gets its best weights back.
+    early where the likelihood of held-out rows gets no better, and each member gets its best weights back. Later ones end in
+    the mean of the weights of their second half.
 
     :return: Mean loss, and the number of gradient steps
     """
-    best = None if ensemble.is_fitted else BestWeights(ensemble)
+    decay, is_first = weight_decay(len(train)), not ensemble.is_fitted
+    best = BestWeights(ensemble) if is_first else None
     losses: list[th.Tensor] = []
     since_improvement = 0
     while len(losses) < n_steps and since_improvement < PATIENCE:
-        n = min(STEPS_PER_LOOK, n_steps - len(losses))
-        batches = train[th.randint(len(train), (n, ensemble.n_members, BATCH_SIZE), device=train.device)].unbind()
-        losses += train_on(ensemble, inputs, targets, batches, n, compiled_step, weight_decay(len(train))).unbind()
+        n = min(STEPS_PER_LOOK, n_steps - len(losses)) if is_first else n_steps
+        batches = draw_batches(train, ensemble.n_members, n)
+        losses += train_on(ensemble, inputs, targets, batches, n, compiled_step, decay, average=not is_first).unbind()
         if best is not None:
             improved = best.update(holdout_nll(ensemble, inputs[holdout], targets[holdout]))
             since_improvement = 0 if improved else since_improvement + 1
