@@ -97,6 +97,31 @@ class PointEnv(gym.Env):
         return -sum(max(abs(x) - 0.5 * step, 0) for step in range(1, 21))
 
 
+class UnpredictableEnv(PointEnv):
+    """What is observed, and what is paid, has nothing to do with what is done."""
+
+    def __init__(self, with_clock=False):
+        super().__init__(price=0)
+        self.clock = 1.7e9 if with_clock else None
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    def observed(self):
+        if self.clock is None:
+            return self.np_random.normal(0, 1, 2)
+        return np.array([float(self.x), self.clock])
+
+    def reset(self, **kwargs):
+        _, info = super().reset(**kwargs)
+        return self.observed(), info
+
+    def step(self, action):
+        _, reward, *others = super().step(action)
+        if self.clock is not None:
+            self.clock += 60
+            return self.observed(), reward, *others
+        return self.observed(), float(self.np_random.normal()), *others
+
+
 class GoalEnv(gym.Env):
     """
     A point in the plane is to be moved to a goal: p' = p + action / 4, reward 0 within 0.2 of the goal and -1 elsewhere.

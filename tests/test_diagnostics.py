@@ -24,7 +24,7 @@ from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from sb3_mbpo.model_env import ModelEnv
 from tests.agents import make_agent
-from tests.envs import CountingEnv, GoalEnv, PointEnv
+from tests.envs import CountingEnv, GoalEnv, PointEnv, UnpredictableEnv
 from tests.test_ensemble import linear_ensemble
 from tests.test_save_load import assert_same_parameters
 
@@ -61,6 +61,14 @@ def test_collect_gives_raw_trajectories():
         assert (each.rewards - (4 * each.actions[:, 0] + 1)).abs().max() < 0.5
     assert [each.terminated[-1].item() for each in trajectories] == [True, True, False]
     assert not th.cat([each.terminated[:-1] for each in trajectories]).any()
+
+
+def test_collect_keeps_the_precision_of_observations():
+    """A clock in Unix time, in steps of a minute: float32 has 128 seconds between two numbers."""
+    agent = make_agent(UnpredictableEnv(with_clock=True))
+    for each in collect(agent, make_vec_env(UnpredictableEnv, env_kwargs={"with_clock": True}), 25):
+        assert (each.next_obs - each.obs)[:, 1].tolist() == [60.0] * len(each.obs)
+        assert each.rewards.dtype == each.actions.dtype == th.float32
 
 
 def test_collect_with_vec_normalize_changes_nothing():

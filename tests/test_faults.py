@@ -17,7 +17,7 @@ from sb3_mbpo.dynamics import training
 from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.update import networks_state
 from tests.agents import make_agent
-from tests.envs import CountingEnv, GoalEnv, PointEnv
+from tests.envs import CountingEnv, GoalEnv, PointEnv, UnpredictableEnv
 
 
 def assert_all_finite(agent):
@@ -283,31 +283,6 @@ def test_diverging_model(compile, tmp_path):
 
 
 # --- What the model cannot learn ---------------------------------------------------------------------------------------
-
-
-class UnpredictableEnv(PointEnv):
-    """What is observed, and what is paid, has nothing to do with what is done."""
-
-    def __init__(self, with_clock=False):
-        super().__init__(price=0)
-        self.clock = 1.7e9 if with_clock else None
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-
-    def observed(self):
-        if self.clock is None:
-            return self.np_random.normal(0, 1, 2)
-        return np.array([float(self.x), self.clock])
-
-    def reset(self, **kwargs):
-        _, info = super().reset(**kwargs)
-        return self.observed(), info
-
-    def step(self, action):
-        _, reward, *others = super().step(action)
-        if self.clock is not None:
-            self.clock += 60
-            return self.observed(), reward, *others
-        return self.observed(), float(self.np_random.normal()), *others
 
 
 def test_a_model_that_knows_nothing_is_reported():

@@ -75,8 +75,14 @@ def _act(
         rows.append((flatten(raw_obs), flatten(scaled), flatten(successor), reward, np.array([terminated])))
         raw_obs = next_raw
         if done[0] or step == n_steps - 1:
-            columns = [th.as_tensor(np.concatenate(column), device=agent.device) for column in zip(*rows, strict=True)]
-            numbers = [column.float() for column in columns[:4]]
-            trajectories.append(Transitions(numbers[0], numbers[1], numbers[2], numbers[3], columns[4]))
+            obs_rows, actions, next_rows, rewards, terminated_rows = (
+                th.as_tensor(np.concatenate(column), device=agent.device) for column in zip(*rows, strict=True)
+            )
+            # As in the replay buffer: differences in the precision of the data, but last observations of episodes come back
+            # from the normalised ones in float32
+            dtype = th.float64 if obs_rows.dtype == th.float64 and vec_normalize is None else th.float32
+            trajectories.append(
+                Transitions(obs_rows.to(dtype), actions.float(), next_rows.to(dtype), rewards.float(), terminated_rows)
+            )
             rows = []
     return trajectories
