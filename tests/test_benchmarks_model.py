@@ -13,7 +13,7 @@ from scipy import stats
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from benchmarks import model
-from benchmarks.model import N_NEXT, VARIANTS, Errors, as_regression, errors, measure, seconds_by_size
+from benchmarks.model import N_NEXT, VARIANTS, Errors, as_regression, errors, measure, seconds_by_size, seconds_of_loop
 from sb3_mbpo.buffers import real_transitions
 from sb3_mbpo.dynamics.rollouts import Transitions
 from tests.agents import make_agent
@@ -95,6 +95,14 @@ def test_regression():
 def test_seconds_of_model_training():
     ((size, of_model, of_sac),) = seconds_by_size([300], rounds=1)
     assert size == 300 and of_model > 0 and of_sac > 0
+
+
+@pytest.mark.slow
+def test_seconds_of_the_loop():
+    """A training after 250 steps, at the budget of one gradient step for each of them, which takes longer than a hundredth."""
+    seconds = seconds_of_loop(300, 260)
+    assert set(seconds) == {"env", "model", "rollouts", "updates"} and min(seconds.values()) > 0
+    assert seconds["updates"] > seconds["model"] > seconds["env"]
 
 
 @pytest.mark.slow
