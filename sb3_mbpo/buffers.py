@@ -94,6 +94,20 @@ def real_transitions(
     )
 
 
+def in_one_precision(transitions: Transitions, vec_normalize: VecNormalize | None) -> Transitions:
+    """
+    Where observations are normalised, SB3 makes the last one of an episode from what was normalised, in float32. All others
+    are rounded, too, so that what stays does not seem to change there.
+
+    :param transitions: In raw units
+    :param vec_normalize: What normalises, if anything does
+    :return: The same, in float32 if observations are normalised
+    """
+    if vec_normalize is None or not vec_normalize.norm_obs:
+        return transitions
+    return transitions._replace(obs=transitions.obs.float(), next_obs=transitions.next_obs.float())
+
+
 def begins_episode(replay_buffer: ReplayBuffer) -> np.ndarray:
     """
     Which transitions are the first of an episode: the one before, of the same environment, ended an episode, or did not lead
@@ -121,11 +135,14 @@ def begins_episode(replay_buffer: ReplayBuffer) -> np.ndarray:
     return begins[rows][replay_buffer.dones[rows] == 0]
 
 
-def recent_trajectories(replay_buffer: ReplayBuffer, n: int, device: th.device | str = "cpu") -> list[Transitions]:
+def recent_trajectories(
+    replay_buffer: ReplayBuffer, n: int, device: th.device | str = "cpu", vec_normalize: VecNormalize | None = None
+) -> list[Transitions]:
     """
     :param replay_buffer: SB3's replay buffer or any subclass of it
     :param n: How many of its newest transitions
     :param device: Where to put the tensors
+    :param vec_normalize: See :func:`in_one_precision`
     :return: Pieces of episodes, in which each transition begins where the one before it ended. As
         :func:`real_transitions`.
     """
@@ -147,7 +164,7 @@ def recent_trajectories(replay_buffer: ReplayBuffer, n: int, device: th.device |
         ends = (~goes_on | is_last[valid[:, env], env][:-1]).nonzero()[0] + 1
         lengths = np.diff([0, *ends, len(own)]).tolist()
         pieces = zip(*(column.split(lengths) for column in columns), strict=True)
-        trajectories += [Transitions(*piece) for piece in pieces if len(piece[0]) > 0]
+        trajectories += [in_one_precision(Transitions(*piece), vec_normalize) for piece in pieces if len(piece[0]) > 0]
     return trajectories
 
 

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_mbpo.buffers import (
     ResidentTransitions,
     begins_episode,
+    in_one_precision,
     max_transitions,
     model_buffer_size,
     n_transitions,
@@ -164,9 +165,7 @@ class DynamicsCallback(BaseCallback):
             normalises = vec_normalize is not None and vec_normalize.norm_obs
             if retrain:
                 self._warn_of_rounding(transitions, normalises)
-            if normalises:
-                # Last observations of episodes have come back from float32
-                transitions = transitions._replace(obs=transitions.obs.float(), next_obs=transitions.next_obs.float())
+            transitions = in_one_precision(transitions, vec_normalize)
             if retrain:
                 if is_fitted:
                     self._measure_model(transitions)
@@ -232,7 +231,7 @@ class DynamicsCallback(BaseCallback):
         parts, poor = [], []
         # Constant dimensions are known exactly
         if not changes.isnan().all():
-            median, worst = changes.nanmedian().item(), int(changes.nan_to_num(nan=th.inf).argmin())
+            median, worst = changes.nanquantile(0.5).item(), int(changes.nan_to_num(nan=th.inf).argmin())
             name = dim_names(agent.observation_space)[worst]
             self.logger.record("model/r2", median)
             self.logger.record("model/r2_worst", changes[worst].item())

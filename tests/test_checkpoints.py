@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import gymnasium as gym
@@ -148,8 +149,8 @@ def killing(module, name, when):
 
 # The model is trained at steps 61, 111, 161; checkpoints are written at 40, 80, 120
 if where == "model training":
-    # 200 gradient steps, 5, and 3 of 5
-    killing(training, "train_step", 208)
+    # 106 gradient steps, 50, and 20 of 36
+    killing(training, "train_step", 176)
 elif where == "rollout":
     from sb3_mbpo.buffers import ModelReplayBuffer
     killing(ModelReplayBuffer, "extend", 3)
@@ -316,6 +317,14 @@ def test_a_model_in_other_units_is_refused(saved):
     rewritten(saved, lambda attributes: attributes.update(model_max_epochs=None))
     with pytest.raises(ValueError, match=r"saved by an earlier version of sb3_mbpo, whose model had other units.*train again"):
         MBPO.load(saved)
+
+
+@pytest.mark.parametrize("exact_match", [True, False])
+def test_parameters_of_a_model_in_other_units_are_refused(exact_match, agent):
+    parameters = deepcopy(agent.get_parameters())
+    parameters["dynamics"]["target_scale"] = parameters["dynamics"].pop("target_std")
+    with pytest.raises(ValueError, match="of an earlier version of sb3_mbpo, whose model had other units"):
+        agent.set_parameters(parameters, exact_match=exact_match)
 
 
 def test_versions(saved, agent):

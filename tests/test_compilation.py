@@ -206,7 +206,7 @@ def test_the_compiled_path_of_an_agent_is_sacs_train(n_steps, graphs, monkeypatc
     agent = make_agent(env, compile=True, real_ratio=0.5, learning_rate=lambda progress: 1e-2 * progress, n_steps=n_steps)
     agent.learn(100)
     # Both were tried first
-    assert graphs["sac_update"] == agent._n_updates + 1 == 21 and graphs["train_step"] == 1 + 20
+    assert graphs["sac_update"] == agent._n_updates + 1 == 21 and graphs["train_step"] == 1 + 11
     agent._current_progress_remaining = 0.3
     sac = deepcopy(agent.policy), deepcopy(agent.log_ent_coef.detach())
 

@@ -483,6 +483,18 @@ def test_measures_against_numpy():
     assert MAX_MEASURED / 2 < fit(ensemble, *numbered_data(30_000), 1).n_measured <= MAX_MEASURED
 
 
+def test_r2_is_unknown_where_there_is_only_rounding():
+    """Held-out rows may lack the few in which a dimension changed: what is left of it is no variance to explain."""
+    inputs, targets = numbered_data(500)
+    targets[:, 2] = 1e-8 * th.randn(500)
+    targets[:5, 2] = 1.0
+    ensemble = make_ensemble()
+    fit(ensemble, inputs, targets, 30)
+    assert ensemble.varies.all()
+    assert r2(ensemble, inputs[5:], targets[5:]).isnan().tolist() == [False, False, True, False]
+    assert not r2(ensemble, inputs, targets).isnan().any()
+
+
 @pytest.mark.parametrize(
     "n, steps", [(2, 16 * [1]), (300, 16 * [240]), (5_100, 15 * [256] + [240]), (30_000, 97 * [256] + [168])]
 )

@@ -1,8 +1,11 @@
 """Environments, data and functions that misbehave: each ends in learning or in a clear error, never in a silent NaN."""
 
 import csv
+import math
+import re
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +16,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo import model_env
+from sb3_mbpo.callbacks import DynamicsCallback
 from sb3_mbpo.dynamics import training
+from sb3_mbpo.dynamics.training import FitResult
 from sb3_mbpo.errors import DivergenceError
 from sb3_mbpo.update import networks_state
 from tests.agents import make_agent
@@ -294,6 +299,56 @@ def test_a_model_that_knows_nothing_is_reported():
     assert len([each for each in record if "no better" in str(each.message)]) == 1
 
 
+@pytest.fixture
+def callback():
+    agent = make_agent(CountingEnv(obs_shape=(4,)))
+    callback = DynamicsCallback()
+    callback.init_callback(agent)
+    agent.set_logger(configure(None, []))
+    callback.model_env = SimpleNamespace(reward=None)
+    return callback
+
+
+@pytest.mark.parametrize(
+    "r2, n_measured, text, poor",
+    [
+        # (reward, changes); the median lies between two
+        ([0.9, 0.8, 0.1, 0.5, 0.6], 50, r"of the changes 0.55 \(worst: obs\[1\] 0.10\), of the reward 0.90", None),
+        ([0.9, 0.8, -0.1, math.nan, math.nan], 50, r"changes 0.35 \(worst: obs\[1\] -0.10\)", None),
+        (
+            [-0.2, 0.8, 0.8, 0.8, 0.7],
+            50,
+            r"changes 0.80 \(worst: obs\[3\] 0.70\), of the reward -0.20",
+            "the reward",
+        ),
+        (
+            [0.5, -1.0, -1.0, -1.0, 0.7],
+            50,
+            r"changes -1.00 \(worst: obs\[0\] -1.00\)",
+            "the change of the observation",
+        ),
+        # By chance
+        ([-0.2, -1.0, -1.0, -1.0, 0.7], 49, r"changes -1.00", None),
+        ([math.nan] * 5, 50, "unknown", None),
+    ],
+)
+def test_what_is_said_of_the_model(r2, n_measured, text, poor, callback):
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always", UserWarning)
+        said = callback._quality(FitResult(0.0, 1, th.tensor(r2), n_measured))
+    assert re.search(text, said)
+    assert [f"predicts {poor} no better than a constant" in str(each.message) for each in record] == (
+        [] if poor is None else [True]
+    )
+    values = callback.model.logger.name_to_value
+    changes = np.array(r2[1:])[~np.isnan(r2[1:])]
+    if len(changes) > 0:
+        assert values["model/r2"] == pytest.approx(np.median(changes))
+        assert values["model/r2_worst"] == pytest.approx(changes.min()) and values["model/reward_r2"] == pytest.approx(r2[0])
+    else:
+        assert not any("r2" in name for name in values)
+
+
 def test_nobody_is_told_of_a_reward_that_is_given():
     agent = make_agent(
         UnpredictableEnv(),
@@ -323,24 +378,31 @@ def test_rewards_of_any_precision(dtype):
         assert model_env.ModelEnv(agent, agent.get_env()).returns(start, 3).isfinite().all()
 
 
-def test_last_observations_that_were_normalised():
-    """Under VecNormalize they are rounded to float32: what stays for an episode must not seem to change."""
+class GoalOfEpisodeEnv(UnpredictableEnv):
+    """Its second dimension stays for an episode."""
 
-    class Still(UnpredictableEnv):
-        goal = 1.7
+    goal = 1.7
 
-        def reset(self, *, seed=None, options=None):
-            self.goal += 0.1
-            return super().reset(seed=seed)
+    def reset(self, *, seed=None, options=None):
+        self.goal += 0.1
+        return super().reset(seed=seed)
 
-        def observed(self):
-            return np.array([float(self.x), self.goal])
+    def observed(self):
+        return np.array([float(self.x), self.goal])
 
-    env = VecNormalize(DummyVecEnv([Still]))
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize])
+def test_what_stays_for_an_episode(wrap):
+    """
+    It is known exactly, though it is in float64 and rollouts are not, and though under VecNormalize last observations are
+    rounded to float32, where it must not seem to change.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        agent = make_agent(env, learning_starts=200).learn(201)
+        agent = make_agent(wrap(DummyVecEnv([GoalOfEpisodeEnv])), learning_starts=200).learn(251)
     assert agent.dynamics.target_std[2] == 0 < agent.dynamics.target_std[1]
+    error = agent.open_loop_error
+    assert error.r2()[0].isnan().tolist() == [False, False, True] and error.inside[0, 0, 2] == 1
 
 
 @pytest.mark.parametrize("wrap", [lambda env: env, lambda env: VecNormalize(DummyVecEnv([lambda: env]))])

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import special, stats
 
 from sb3_mbpo.dynamics import units
-from sb3_mbpo.dynamics.training import fit, split_for_good
+from sb3_mbpo.dynamics.training import budget, fit, split_for_good
 from sb3_mbpo.dynamics.units import input_stats, lost_in_float32, spread, target_stats
 from tests.test_ensemble import make_ensemble
 
@@ -95,14 +95,14 @@ def test_predictions_stay_when_units_change(factors, shifts, seed):
 
 @pytest.mark.parametrize("factor", [100, 0.01])
 def test_a_spread_that_jumps_is_learned_anew(factor):
-    """Of the targets: after a thousand steps the noise is known again."""
+    """Of the targets: after another thousand transitions the noise is known again."""
     inputs, targets = system()
     _, holdout = split_for_good(len(inputs))
     th.manual_seed(1)
     ensemble = make_ensemble(3, 1, (32, 32), learning_rate=2e-3)
     fit(ensemble, inputs, targets, 600)
     for _ in range(4):
-        result = fit(ensemble, inputs, factor * targets, 250)
+        result = fit(ensemble, inputs, factor * targets, budget(1.0, 250, len(inputs)))
     mean, std = ensemble.predict(inputs[holdout])
     inside = ((mean - factor * targets[holdout]).abs() < std)[ensemble.elites.long()].double().mean(dim=(0, 1))
     assert result.r2.min() > 0.6 and inside.min() > 0.55, (result.r2, inside)

@@ -181,7 +181,7 @@ def _open_loop(measured: Measured, out: Path) -> None:
     for row, step in enumerate(error.steps):
         inside = [share[row, 1:][varies].mean().item() for share in error.inside]
         numbers = [error.relative()[row].item(), error.relative("std")[row].item(), *inside]
-        median, reward = r2[row, 1:][varies].nanmedian().item(), r2[row, 0].item()
+        median, reward = r2[row, 1:][varies].nanquantile(0.5).item(), r2[row, 0].item()
         # There is none of a reward that does not vary
         last = f"{'-':>9}" if math.isnan(reward) else f"{reward:>9.3f}"
         print(f"{step:>4} " + " ".join(f"{number:>8.3f}" for number in [*numbers, median]) + f" {last}")

@@ -85,15 +85,17 @@ class DiagnosticsCallback(BaseCallback):
 
     def _measure(self, now: int) -> None:
         agent = self.model
-        assert agent.replay_buffer is not None
         if agent.uses_model:
             # This step's transitions are not stored yet
-            n_new = now - agent.last_model_training - agent.n_envs
-            self._measure_error(recent_trajectories(agent.replay_buffer, n_new, agent.device))
+            self._measure_error(self._recent(now - agent.last_model_training - agent.n_envs))
         # Not of the random warm-up, whose actions no policy would take
         n_acted = now - agent.learning_starts - agent.n_envs
-        own = recent_trajectories(agent.replay_buffer, min(N_OWN, n_acted), agent.device) if n_acted > 0 else []
-        self._measure_own(own)
+        self._measure_own(self._recent(min(N_OWN, n_acted)) if n_acted > 0 else [])
+
+    def _recent(self, n: int) -> list[Transitions]:
+        agent = self.model
+        assert agent.replay_buffer is not None
+        return recent_trajectories(agent.replay_buffer, n, agent.device, agent.get_vec_normalize_env())
 
     def _measure_error(self, trajectories: list[Transitions]) -> None:
         if not trajectories:

@@ -83,7 +83,7 @@ class LiveDiagnostics:
         agent = self.agent
         assert agent.replay_buffer is not None
         n_new = agent.lifetime_timesteps - agent.last_model_training
-        recent = recent_trajectories(agent.replay_buffer, n_new, agent.device)
+        recent = recent_trajectories(agent.replay_buffer, n_new, agent.device, agent.get_vec_normalize_env())
         if not recent:
             return None
         error = open_loop_error(
@@ -154,7 +154,7 @@ def log_open_loop_error(logger: Logger, error: OpenLoopError) -> None:
             "std": relative_std[row],
             "inside_1_sigma": error.inside[0, row, 1:][varies].mean(),
             "inside_2_sigma": error.inside[1, row, 1:][varies].mean(),
-            "r2": r2[row, 1:][varies].nanmedian(),
+            "r2": r2[row, 1:][varies].nanquantile(0.5),
             "reward_r2": r2[row, 0],
         }
         for name, value in values.items():

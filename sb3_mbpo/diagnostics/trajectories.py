@@ -6,6 +6,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
+from sb3_mbpo.buffers import in_one_precision
 from sb3_mbpo.diagnostics.undisturbed import same_exploration
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.spaces import flatten, map_arrays
@@ -78,11 +79,9 @@ def _act(
             obs_rows, actions, next_rows, rewards, terminated_rows = (
                 th.as_tensor(np.concatenate(column), device=agent.device) for column in zip(*rows, strict=True)
             )
-            # As in the replay buffer: differences in the precision of the data, but last observations of episodes come back
-            # from the normalised ones in float32
-            dtype = th.float64 if obs_rows.dtype == th.float64 and vec_normalize is None else th.float32
-            trajectories.append(
-                Transitions(obs_rows.to(dtype), actions.float(), next_rows.to(dtype), rewards.float(), terminated_rows)
-            )
+            # Observations as in the replay buffer: differences are taken in their own precision
+            obs_rows, next_rows = (each if each.dtype == th.float64 else each.float() for each in (obs_rows, next_rows))
+            trajectory = Transitions(obs_rows, actions.float(), next_rows, rewards.float(), terminated_rows)
+            trajectories.append(in_one_precision(trajectory, vec_normalize))
             rows = []
     return trajectories

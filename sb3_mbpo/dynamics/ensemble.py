@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -132,9 +133,10 @@ class Ensemble(nn.Module):
     def set_stats(self, inputs: th.Tensor, targets: th.Tensor) -> None:
         """
         Refit the units. What a fitted ensemble predicts in raw units stays as it is: its first and its last layer are
-        rescaled to the new ones (van Hasselt et al. 2016, PopArt). Where a dimension spreads more than three times as far as
-        before, little is known of it: an input is then taken as what it was in units of its spread (a function that was steep
-        would be wrong far away), and so is the variance of a target, whose bounds are never narrower than they began.
+        rescaled to the new ones (van Hasselt et al. 2016, PopArt). Two exceptions are for dimensions that spread more than
+        three times as far as before, of which little is known: the first layer is not rescaled for such an input (a function
+        that was steep would be wrong far away), nor is the variance of such a target. Bounds of variances are never narrower
+        than they began.
 
         :param inputs: ``(n, obs_dim + action_dim)``
         :param targets: ``(n, 1 + obs_dim)``
@@ -171,6 +173,14 @@ class Ensemble(nn.Module):
             log_var += log_factor
         self.max_log_var.clamp_(min=MAX_LOG_VAR)
         self.min_log_var.clamp_(max=MIN_LOG_VAR)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}target_scale" in state_dict:
+            raise ValueError(
+                "These parameters are of an earlier version of sb3_mbpo, whose model had other units, and do not fit this "
+                "one: train again, or use the version of that day."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, unit_inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """

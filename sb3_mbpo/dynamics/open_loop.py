@@ -195,8 +195,8 @@ def open_loop_error(
         std = std.nan_to_num(nan=th.inf)
         change = true.clone()
         change[:, 1:] -= real.obs[valid, 0]
-        # What is known exactly is off by rounding
-        tolerance = rounding(true).to(error)
+        # What is known exactly is off by rounding: rollouts are in float32
+        tolerance = rounding(true.float()).to(error)
         inside = [((error <= n_sigma * std + tolerance) & std.isfinite()).float().mean(dim=0) for n_sigma in (1, 2)]
         rms = [value.square().mean(dim=0).sqrt() for value in (error, std)]
         rows.append((valid.sum(), *rms, spread(change, true), th.stack(inside)))

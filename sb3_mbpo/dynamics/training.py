@@ -10,7 +10,7 @@ from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber
+from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber, precision
 from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
@@ -255,8 +255,8 @@ def holdout_errors(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) ->
 @th.no_grad()
 def holdout_nll(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
     """
-    What :func:`~sb3_mbpo.dynamics.ensemble.gaussian_nll` is, but linear beyond five standard deviations for the reward too: a
-    rare one does not decide.
+    Negative log-likelihood, times two and without its constant, averaged over rows and dimensions. Linear beyond five standard
+    deviations, for the reward too: a rare one does not decide.
 
     :param ensemble: Not changed
     :param inputs: (obs, action), raw, the same for every member, ``(n, obs_dim + action_dim)``
@@ -274,14 +274,15 @@ def r2(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
     :param ensemble: Not changed
     :param inputs: (obs, action), raw, ``(n, obs_dim + action_dim)``
     :param targets: (reward, next_obs - obs), raw, ``(n, 1 + obs_dim)``
-    :return: Share of the variance of each target that the mean of the elites explains, ``(1 + obs_dim,)``; NaN where there is
-        no variance
+    :return: Share of the variance of each target that the mean of the elites explains, ``(1 + obs_dim,)``; NaN where they
+        vary by no more than their rounding
     """
     mean, _ = ensemble(ensemble.unit_inputs(inputs).expand(ensemble.n_members, -1, -1))
     truth = ensemble.unit_targets(targets)
     residual = (mean[ensemble.elites.long()].mean(dim=0) - truth).square().mean(dim=0)
-    variance = truth.var(dim=0, correction=0)
-    return th.where(ensemble.varies & (variance > 0), 1 - residual / variance, th.nan)
+    operands = th.cat([targets[:, :1], inputs[:, : targets.shape[1] - 1]], dim=1)
+    varies = ensemble.varies & (targets.double().std(dim=0, correction=0) > precision(targets, operands))
+    return th.where(varies, 1 - residual / truth.var(dim=0, correction=0), th.nan)
 
 
 class BestWeights:

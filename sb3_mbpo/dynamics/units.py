@@ -65,6 +65,17 @@ def input_stats(inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     return mean, th.where(std > rounding(inputs), std, 0.0)
 
 
+def precision(targets: th.Tensor, operands: th.Tensor) -> th.Tensor:
+    """
+    :param targets: (reward, next_obs - obs), ``(n, dim)``
+    :param operands: (reward, obs), ``(n, dim)``
+    :return: By how much targets may be off, float64, ``(dim,)``
+    """
+    # SB3's replay buffers have the reward in float32
+    of_reward = rounding(targets[:, :1].float())
+    return th.cat([of_reward, th.maximum(rounding(operands), rounding(targets))[1:]])
+
+
 def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     What targets are standardised with: mean, and spread, which is 0 where a target is constant.
@@ -77,9 +88,7 @@ def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th
     :param operands: (reward, obs), whose precision limits that of the targets, ``(n, dim)``
     :return: Mean and spread, float64, each ``(dim,)``
     """
-    least = th.maximum(rounding(operands), rounding(targets))
-    # SB3's replay buffers have it in float32
-    least[0] = rounding(targets[:, :1].float())[0]
+    least = precision(targets, operands)
     std, mean = th.std_mean(targets.double(), dim=0, correction=0)
     of_bulk = bulk_std(targets)
     # Without the jumps it is constant: they are all there is to learn
