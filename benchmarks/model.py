@@ -127,10 +127,25 @@ def collect(task: str, file: Path, device: str) -> Transitions:
     return real_transitions(buffer, device)
 
 
+def in_other_units(transitions: Transitions, scale: float, noise: float) -> Transitions:
+    """
+    :param transitions: Real ones in their order
+    :param scale: What to multiply observations and rewards with
+    :param noise: Standard deviation of another dimension of the observation, which tells nothing; 0 for none
+    :return: The same otherwise
+    """
+    obs, actions, next_obs, rewards, terminated = transitions
+    obs, next_obs = scale * obs, scale * next_obs
+    if noise > 0:
+        column = noise * th.randn(len(obs) + 1, 1, generator=th.Generator().manual_seed(0)).to(obs)
+        obs, next_obs = th.cat([obs, column[:-1]], dim=1), th.cat([next_obs, column[1:]], dim=1)
+    return Transitions(obs, actions, next_obs, scale * rewards, terminated)
+
+
 # --- Ways to train ------------------------------------------------------------------------------------------------------
 
-# (ensemble, inputs, targets, rows for training, gradient steps, compiled step)
-Train = Callable[[Ensemble, th.Tensor, th.Tensor, th.Tensor, int, Step], None]
+# (ensemble, inputs, targets, rows for training, gradient steps, compiled step) -> losses of the gradient steps that were made
+Train = Callable[[Ensemble, th.Tensor, th.Tensor, th.Tensor, int, Step], th.Tensor]
 # (ensemble, inputs, targets, gradient steps of the budget, compiled step) -> gradient steps that were made
 Way = Callable[[Ensemble, th.Tensor, th.Tensor, int, Step], int]
 
@@ -157,7 +172,7 @@ def changed(train: Train, first_too: bool = False) -> Way:
             return by_budget(ensemble, inputs, targets, n_steps, step)
         ensemble.set_stats(inputs, targets)
         rows, holdout = split_for_good(len(inputs), inputs.device)
-        train(ensemble, inputs, targets, rows, n_steps, step)
+        n_steps = len(train(ensemble, inputs, targets, rows, n_steps, step))
         ensemble.elites.copy_(holdout_errors(ensemble, inputs[holdout], targets[holdout]).argsort()[: len(ensemble.elites)])
         ensemble.n_fits += 1
         return n_steps
@@ -165,32 +180,39 @@ def changed(train: Train, first_too: bool = False) -> Way:
     return way
 
 
-def last_weights(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
+def last_weights(
+    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
+) -> th.Tensor:
     """The weights after the last step, not their mean."""
-    train_on(
+    return train_on(
         ensemble, inputs, targets, draw_batches(rows, ensemble.n_members, n_steps), n_steps, step, weight_decay(len(rows))
     )
 
 
-def rate_to_zero(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
+def rate_to_zero(
+    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
+) -> th.Tensor:
     """The learning rate falls to zero in each training, and the last weights stay."""
     group = ensemble.optimizer.param_groups[0]
-    rate = group["lr"]
+    rate, losses = group["lr"], []
     for i, batch in enumerate(draw_batches(rows, ensemble.n_members, n_steps)):
         group["lr"] = rate * (1 - i / n_steps)
-        train_on(ensemble, inputs, targets, [batch], 1, step, weight_decay(len(rows)))
+        losses.append(train_on(ensemble, inputs, targets, [batch], 1, step, weight_decay(len(rows))))
     group["lr"] = rate
+    return th.cat(losses)
 
 
-def adam_anew(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
+def adam_anew(
+    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
+) -> th.Tensor:
     """Adam's moments begin anew in each training."""
     ensemble.optimizer.state.clear()
-    all_steps(ensemble, inputs, targets, rows, n_steps, step)
+    return all_steps(ensemble, inputs, targets, rows, n_steps, step)
 
 
 def newest_more_often(
     ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
-) -> None:
+) -> th.Tensor:
     """A quarter of each batch is of the newest 1,000 transitions."""
 
     def batches() -> Iterator[th.Tensor]:
@@ -199,22 +221,24 @@ def newest_more_often(
         for parts in zip(old, draw_batches(rows[-900:], ensemble.n_members, n_steps, n_new), strict=True):
             yield th.cat(parts, dim=1)
 
-    train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)), average=True)
+    return train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)), average=True)
 
 
 def small_batches(
     ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
-) -> None:
+) -> th.Tensor:
     """Batches of half the size, twice as many."""
     batches = draw_batches(rows, ensemble.n_members, 2 * n_steps, BATCH_SIZE // 2)
     # Not the compiled step, which is for batches of the whole size
-    train_on(ensemble, inputs, targets, batches, 2 * n_steps, None, weight_decay(len(rows)), average=True)
+    return train_on(ensemble, inputs, targets, batches, 2 * n_steps, None, weight_decay(len(rows)), average=True)
 
 
-def all_steps(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step) -> None:
+def all_steps(
+    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
+) -> th.Tensor:
     """Nothing ends a training before its budget."""
     batches, is_first = draw_batches(rows, ensemble.n_members, n_steps), not ensemble.is_fitted
-    train_on(ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), average=not is_first)
+    return train_on(ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), average=not is_first)
 
 
 class LayerNormEnsemble(Ensemble):
@@ -371,6 +395,7 @@ def print_errors(args: argparse.Namespace) -> None:
         writer.writerow(["task", "way", "seed", "transitions", *Errors._fields])
         for task in args.tasks:
             transitions = collect(task, args.buffers / f"{task.replace('/', '_')}.pkl", args.device)
+            transitions = in_other_units(transitions, args.scale, args.noise)
             begin, end = args.begin or TASKS[task].begin, args.end or TASKS[task].end
             rows = range(begin, end + 1, args.every)
             for seed in args.seeds:
@@ -429,7 +454,8 @@ def seconds_of_loop(n: int, n_steps: int) -> dict[str, float]:
     """
     :param n: Real transitions at the beginning
     :param n_steps: Environment steps
-    :return: Seconds that MBPO spends in each part of them, on Hopper-v5 with 20 updates in each, without compiling
+    :return: Seconds that MBPO spends in each part of them, compiled, on Hopper-v5 with 20 updates in each; those of compiling
+        are left out
     """
     agent = MBPO("MlpPolicy", "Hopper-v5", learning_starts=n, model_gradient_steps=0.01, compile=True, seed=0, device="cpu")
     # The first training, which is another one, and whatever is compiled
@@ -478,6 +504,8 @@ def main() -> None:
     error.add_argument("--begin", type=at_least(2), help="transitions of the first training (default: the task's)")
     error.add_argument("--end", type=at_least(2), help="transitions of the last training (default: the task's)")
     error.add_argument("--every", type=at_least(1), default=TRAIN_EVERY, help="environment steps between two trainings")
+    error.add_argument("--scale", type=float, default=1.0, help="factor of observations and rewards (default: 1)")
+    error.add_argument("--noise", type=float, default=0.0, help="spread of another dimension, of mere noise (default: none)")
     error.add_argument("--buffers", type=Path, default=Path("runs/buffers"), help="folder for the replay buffers")
     error.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     error.add_argument("--out", type=Path, default=Path("errors.csv"), help="table with a line for each training")

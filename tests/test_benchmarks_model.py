@@ -13,7 +13,17 @@ from scipy import stats
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from benchmarks import model
-from benchmarks.model import N_NEXT, VARIANTS, Errors, as_regression, errors, measure, seconds_by_size, seconds_of_loop
+from benchmarks.model import (
+    N_NEXT,
+    VARIANTS,
+    Errors,
+    as_regression,
+    errors,
+    in_other_units,
+    measure,
+    seconds_by_size,
+    seconds_of_loop,
+)
 from sb3_mbpo.buffers import real_transitions
 from sb3_mbpo.dynamics.rollouts import Transitions
 from tests.agents import make_agent
@@ -81,9 +91,27 @@ def test_ways(name, eager):
     variant = VARIANTS[name]._replace(steps=0.02)
     found = list(measure(transitions, variant, range(300, 401, 100), seed=0))
     extra = variant.constants.get("EXTRA_STEPS", 1_000)
-    assert [each.steps for each in found] == [0.02 * (300 + extra), round(0.02 * 100 * (1 + extra / 400))]
+    later = round(0.02 * 100 * (1 + extra / 400)) * (2 if name == "small batches" else 1)
+    assert [each.steps for each in found] == [0.02 * (300 + extra), later]
     # There is nothing to learn but the mean
     assert all(0.9 < each.mean < 1.5 for each in found)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_other_units(scale, eager):
+    """Errors are in standard deviations; noise can be foreseen no better than its own spread."""
+    transitions = buffer_of(np.full(400 + N_NEXT, 1e-9))
+    variant = VARIANTS["budget"]._replace(steps=0.02)
+    (found,), (other,) = (
+        measure(in_other_units(transitions, factor, 0.0), variant, range(400, 401), seed=0) for factor in (1.0, scale)
+    )
+    assert other.mean == pytest.approx(found.mean, rel=0.02) and other.nll == pytest.approx(found.nll, rel=0.05)
+    noisy = in_other_units(transitions, scale, 3.0)
+    assert noisy.obs.shape == (400 + N_NEXT, 3) and noisy.obs[:, 2].std().item() == pytest.approx(3, rel=0.1)
+    assert th.equal(noisy.next_obs[:-1, 2], noisy.obs[1:, 2])
+    assert th.equal(noisy.obs[:, :2], scale * transitions.obs) and th.equal(
+        noisy.rewards, scale * transitions.rewards
+    )
 
 
 def test_regression():
