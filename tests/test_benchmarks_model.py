@@ -109,9 +109,7 @@ def test_other_units(scale, eager):
     noisy = in_other_units(transitions, scale, 3.0)
     assert noisy.obs.shape == (400 + N_NEXT, 3) and noisy.obs[:, 2].std().item() == pytest.approx(3, rel=0.1)
     assert th.equal(noisy.next_obs[:-1, 2], noisy.obs[1:, 2])
-    assert th.equal(noisy.obs[:, :2], scale * transitions.obs) and th.equal(
-        noisy.rewards, scale * transitions.rewards
-    )
+    assert th.equal(noisy.obs[:, :2], scale * transitions.obs) and th.equal(noisy.rewards, scale * transitions.rewards)
 
 
 def test_regression():
