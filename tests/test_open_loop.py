@@ -365,7 +365,7 @@ def test_what_is_logged_of_an_error(tmp_path):
             f"open_loop/std_{step}": (std[row, 1] / 2 + std[row, 2] / 4) / 2,
             f"open_loop/inside_1_sigma_{step}": inside[0, row, 1:3].mean(),
             f"open_loop/inside_2_sigma_{step}": inside[1, row, 1:3].mean(),
-            f"open_loop/r2_{step}": r2[1:3].min(),
+            f"open_loop/r2_{step}": r2[1:3].mean(),
             f"open_loop/reward_r2_{step}": r2[0],
         }
     assert logger.name_to_value.keys() == expected.keys()
