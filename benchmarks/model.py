@@ -50,7 +50,7 @@ from sb3_mbpo.dynamics.training import (
     try_step,
     weight_decay,
 )
-from sb3_mbpo.dynamics.units import spread
+from sb3_mbpo.dynamics.units import operands_of, spread
 
 # Transitions after those of a training on which it is measured, environment steps from one training to the next, and steps of
 # the longer rollouts
@@ -369,8 +369,7 @@ def measure(transitions: Transitions, variant: Variant, rows: range, seed: int) 
     """
     inputs, targets = as_regression(transitions)
     first = slice(0, rows[0])
-    operands = th.cat([transitions.rewards[:, None].to(transitions.obs), transitions.obs], dim=1)
-    scale = spread(targets[first], operands[first])
+    scale = spread(targets[first], operands_of(inputs[first], targets[first]))
     th.manual_seed(seed)
     obs_dim, action_dim = transitions.obs.shape[1], transitions.actions.shape[1]
     ensemble = variant.network(obs_dim, action_dim, [200] * 4, 7, 5, variant.rate).to(inputs.device)

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from sb3_mbpo.adam import Tensors
-from sb3_mbpo.dynamics.units import huber, input_stats, standardised, target_stats
+from sb3_mbpo.dynamics.units import huber, input_stats, operands_of, standardised, target_stats
 
 # Weight decay of the first, the second, the middle and the last layer (authors' release)
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
@@ -141,9 +141,8 @@ class Ensemble(nn.Module):
         :param inputs: ``(n, obs_dim + action_dim)``
         :param targets: ``(n, 1 + obs_dim)``
         """
-        operands = th.cat([targets[:, :1], inputs[:, : targets.shape[1] - 1]], dim=1)
         input_mean, input_std = input_stats(inputs)
-        target_mean, target_std = target_stats(targets, operands)
+        target_mean, target_std = target_stats(targets, operands_of(inputs, targets))
         if self.is_fitted:
             self._rescale_first_layer(input_mean, input_std)
             self._rescale_last_layer(target_mean, target_std)

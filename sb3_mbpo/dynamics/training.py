@@ -10,7 +10,7 @@ from torch.func import grad_and_value
 
 from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber, precision
+from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber, operands_of, precision
 from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
@@ -280,8 +280,8 @@ def r2(ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
     mean, _ = ensemble(ensemble.unit_inputs(inputs).expand(ensemble.n_members, -1, -1))
     truth = ensemble.unit_targets(targets)
     residual = (mean[ensemble.elites.long()].mean(dim=0) - truth).square().mean(dim=0)
-    operands = th.cat([targets[:, :1], inputs[:, : targets.shape[1] - 1]], dim=1)
-    varies = ensemble.varies & (targets.double().std(dim=0, correction=0) > precision(targets, operands))
+    least = precision(targets, operands_of(inputs, targets))
+    varies = ensemble.varies & (targets.double().std(dim=0, correction=0) > least)
     return th.where(varies, 1 - residual / truth.var(dim=0, correction=0), th.nan)
 
 

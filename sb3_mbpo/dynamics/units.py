@@ -65,6 +65,15 @@ def input_stats(inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     return mean, th.where(std > rounding(inputs), std, 0.0)
 
 
+def operands_of(inputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+    """
+    :param inputs: (obs, action), ``(n, obs_dim + action_dim)``
+    :param targets: (reward, next_obs - obs), ``(n, 1 + obs_dim)``
+    :return: (reward, obs), whose precision limits that of the targets, ``(n, 1 + obs_dim)``
+    """
+    return th.cat([targets[:, :1], inputs[:, : targets.shape[1] - 1]], dim=1)
+
+
 def precision(targets: th.Tensor, operands: th.Tensor) -> th.Tensor:
     """
     :param targets: (reward, next_obs - obs), ``(n, dim)``
