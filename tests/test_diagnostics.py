@@ -63,10 +63,11 @@ def test_collect_gives_raw_trajectories():
     assert not th.cat([each.terminated[:-1] for each in trajectories]).any()
 
 
-def test_collect_keeps_the_precision_of_observations():
+@pytest.mark.parametrize("wrap", [lambda env: env, lambda env: VecNormalize(env, norm_obs=False)])
+def test_collect_keeps_the_precision_of_observations(wrap):
     """A clock in Unix time, in steps of a minute: float32 has 128 seconds between two numbers."""
     agent = make_agent(UnpredictableEnv(with_clock=True))
-    for each in collect(agent, make_vec_env(UnpredictableEnv, env_kwargs={"with_clock": True}), 25):
+    for each in collect(agent, wrap(make_vec_env(UnpredictableEnv, env_kwargs={"with_clock": True})), 25):
         assert (each.next_obs - each.obs)[:, 1].tolist() == [60.0] * len(each.obs)
         assert each.rewards.dtype == each.actions.dtype == th.float32
 

@@ -5,7 +5,6 @@ import math
 import re
 import warnings
 from copy import deepcopy
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -305,7 +304,6 @@ def callback():
     callback = DynamicsCallback()
     callback.init_callback(agent)
     agent.set_logger(configure(None, []))
-    callback.model_env = SimpleNamespace(reward=None)
     return callback
 
 
