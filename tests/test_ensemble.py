@@ -74,33 +74,44 @@ def softplus(x):
     return np.logaddexp(0.0, x)
 
 
-def oracle_loss(parameters, x, y):
-    weights, biases, upper, lower, (mean, std, target_mean, target_std), decays = parameters
+def oracle_loss(parameters, x, y, beta=0.0, fixed=None):
+    """
+    :param fixed: Parameters that the weights of the likelihood are from, which have no gradient
+    """
+    weights, _, upper, lower, (mean, std, target_mean, target_std), decays = parameters
     varies = target_std > 0
-    total = 0.0
+
+    def predict(row, member, parameters):
+        weights, biases, upper, lower, *_ = parameters
+        hidden = (row - mean) / std
+        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            hidden = hidden @ weight[member] + bias[member, 0]
+            if layer < len(weights) - 1:
+                hidden = hidden / (1 + np.exp(-hidden))
+        mu, log_var = np.split(hidden, 2)
+        log_var = upper - softplus(upper - log_var)
+        return mu, lower + softplus(log_var - lower)
+
+    total, shares = 0.0, []
     for member in range(len(weights[0])):
         losses = []
         for row, target in zip(x[member], y[member], strict=True):
-            hidden = (row - mean) / std
-            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                hidden = hidden @ weight[member] + bias[member, 0]
-                if layer < len(weights) - 1:
-                    hidden = hidden / (1 + np.exp(-hidden))
-            mu, log_var = hidden[: len(target)], hidden[len(target) :]
-            log_var = upper - softplus(upper - log_var)
-            log_var = lower + softplus(log_var - lower)
+            mu, log_var = predict(row, member, parameters)
+            share = np.exp(predict(row, member, fixed or parameters)[1]) ** beta
+            shares.append(share)
             errors = mu[varies] - ((target - target_mean)[varies] / target_std[varies])
             squares = errors**2 / np.exp(log_var[varies])
             # The reward comes first, and is always Gaussian
             far = (squares > 25) & (np.flatnonzero(varies) > 0)
             squares[far] = 10 * np.sqrt(squares[far]) - 25
-            losses.append(np.mean(squares + log_var[varies]))
+            losses.append(np.mean(share[varies] * (squares + log_var[varies])))
         total += np.mean(losses)
         total += sum(decay * np.sum(weight[member] ** 2) / 2 for decay, weight in zip(decays, weights, strict=True))
-    return total + 0.01 * (np.sum(upper[varies]) - np.sum(lower[varies]))
+    return total + 0.01 * np.sum((np.mean(shares, axis=0) * (upper - lower))[varies])
 
 
-def test_loss_and_gradients_against_float64():
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_loss_and_gradients_against_float64(beta):
     ensemble = make_ensemble().double()
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 5, 5)), rng.normal(size=(4, 5, 4))
@@ -114,17 +125,22 @@ def test_loss_and_gradients_against_float64():
     with th.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * th.randn_like(parameter)
-    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)))
+    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)), beta=beta)
     loss.backward()
 
     arrays = [parameter.detach().numpy().copy() for parameter in [*ensemble.weights, *ensemble.biases]]
     arrays += [ensemble.max_log_var.detach().numpy().copy(), ensemble.min_log_var.detach().numpy().copy()]
     gradients = [p.grad.numpy() for p in [*ensemble.weights, *ensemble.biases, ensemble.max_log_var, ensemble.min_log_var]]
 
-    def oracle():
+    def parameters():
         stats = ensemble.input_mean, ensemble.input_std, ensemble.target_mean, ensemble.target_std
         decays = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
-        return oracle_loss((arrays[:5], arrays[5:10], arrays[10], arrays[11], [each.numpy() for each in stats], decays), x, y)
+        return arrays[:5], arrays[5:10], arrays[10], arrays[11], [each.numpy() for each in stats], decays
+
+    fixed = deepcopy(parameters())
+
+    def oracle():
+        return oracle_loss(parameters(), x, y, beta, fixed)
 
     assert loss.item() == pytest.approx(oracle(), rel=1e-12)
     for array, gradient in zip(arrays, gradients, strict=True):
@@ -414,7 +430,7 @@ def test_fit_within_a_budget(monkeypatch):
     adamw = th.optim.AdamW(groups, lr=5e-3)
     for _, x, y in states[:20]:
         adamw.zero_grad()
-        ensemble.loss(x, y, parameters).backward()
+        ensemble.loss(x, y, parameters, training.BETA).backward()
         adamw.step()
     for name, tensor in states[20][0].items():
         np.testing.assert_allclose(tensor, parameters[name].detach(), rtol=1e-3, atol=1e-5, err_msg=name)

@@ -31,21 +31,19 @@ def weight_decays(n_layers: int) -> list[float]:
     return [first, second, *[middle] * (n_layers - 3), last] if n_layers > 2 else [first, last]
 
 
-def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor, varies: th.Tensor) -> th.Tensor:
+def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor) -> th.Tensor:
     """
-    Negative log-likelihood of a diagonal Gaussian, times two and without its constant, averaged over rows and those dimensions
-    that vary (paper, section 5; scaled as in the authors' release). For changes of the observation it is linear beyond five
-    standard deviations; the mean of the reward must stay its expectation, so it is Gaussian throughout.
+    Negative log-likelihood of a diagonal Gaussian, times two and without its constant (paper, section 5; scaled as in the
+    authors' release). For changes of the observation it is linear beyond five standard deviations; the mean of the reward must
+    stay its expectation, so it is Gaussian throughout.
 
     :param mean: Of (reward, next_obs - obs), ``(n_members, batch, dim)``
     :param log_var: ``(n_members, batch, dim)``
     :param target: ``(n_members, batch, dim)``
-    :param varies: Which dimensions count, bool, ``(dim,)``
-    :return: ``(n_members,)``
+    :return: Of each number, ``(n_members, batch, dim)``
     """
     z = (target - mean) * th.exp(-0.5 * log_var)
-    nll = th.cat([z[:, :, :1].square(), huber(z[:, :, 1:])], dim=2) + log_var
-    return (nll * varies).sum(dim=2).mean(dim=1) / varies.sum().clamp(min=1)
+    return th.cat([z[:, :, :1].square(), huber(z[:, :, 1:])], dim=2) + log_var
 
 
 class Ensemble(nn.Module):
@@ -198,23 +196,37 @@ class Ensemble(nn.Module):
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
         return mean, log_var
 
-    def loss(self, unit_inputs: th.Tensor, unit_targets: th.Tensor, parameters: Tensors | None = None) -> th.Tensor:
+    def loss(
+        self,
+        unit_inputs: th.Tensor,
+        unit_targets: th.Tensor,
+        parameters: Tensors | None = None,
+        beta: th.Tensor | float = 0.0,
+    ) -> th.Tensor:
         """
-        What training minimises: the likelihood of every member on its own batch, weight decay, and the penalty
-        on the log-variance bounds.
+        What training minimises: the likelihood of every member on its own batch, averaged over rows and those dimensions that
+        vary, weight decay, and the penalty on the log-variance bounds.
+
+        With ``beta`` above 0 the likelihood of each number counts in proportion to its predicted variance to this power
+        (Seitzer et al. 2022, beta-NLL). Without, what is predicted well counts most, and a rare row that is predicted
+        badly is taken for noise, with hardly a gradient for its mean.
 
         :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
         :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
         :param parameters: In place of its own, by their names
+        :param beta: Between 0, the likelihood itself (paper), and 1, where gradients of the mean are those of squared errors
         :return: A scalar
         """
         parameters = dict(self.named_parameters()) if parameters is None else parameters
         mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
-        # Of a constant, nothing else would hold the bounds
-        bounds = BOUND_PENALTY * ((parameters["max_log_var"] - parameters["min_log_var"]) * self.varies).sum()
-        return gaussian_nll(mean, log_var, unit_targets, self.varies).sum() + decay + bounds
+        share = th.exp(beta * log_var.detach())
+        nll = share * gaussian_nll(mean, log_var, unit_targets) * self.varies
+        # As much of the penalty as of the likelihood. Of a constant, nothing else would hold the bounds.
+        distance = (parameters["max_log_var"] - parameters["min_log_var"]) * self.varies
+        bounds = BOUND_PENALTY * (share.mean(dim=(0, 1)) * distance).sum()
+        return nll.sum(dim=2).mean(dim=1).sum() / self.varies.sum().clamp(min=1) + decay + bounds
 
     @th.no_grad()
     def predict(self, inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
