@@ -37,8 +37,8 @@ def test_compiled_model_training_gives_the_same_numbers():
         assert th.equal(ensembles[1].state_dict()[name], tensor)
     for _ in range(10):
         batches = th.randint(n, (3, n), generator=generator).split(BATCH_SIZE, dim=1)
-        eager = train_on(ensembles[0], inputs, targets, batches, 4, None, 0.3, 0.5)
-        graph = train_on(ensembles[1], inputs, targets, batches, 4, compiled(train_step, "cpu"), 0.3, 0.5)
+        eager = train_on(ensembles[0], inputs, targets, batches, 4, None, 0.3, (0.5, 0.25))
+        graph = train_on(ensembles[1], inputs, targets, batches, 4, compiled(train_step, "cpu"), 0.3, (0.5, 0.25))
         np.testing.assert_allclose(graph, eager, rtol=1e-5)
     for name, tensor in ensembles[0].state_dict().items():
         np.testing.assert_allclose(ensembles[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)

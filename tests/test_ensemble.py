@@ -74,7 +74,7 @@ def softplus(x):
     return np.logaddexp(0.0, x)
 
 
-def oracle_loss(parameters, x, y, beta=0.0, fixed=None):
+def oracle_loss(parameters, x, y, betas, fixed):
     """
     :param fixed: Parameters that the weights of the likelihood are from, which have no gradient
     """
@@ -97,7 +97,7 @@ def oracle_loss(parameters, x, y, beta=0.0, fixed=None):
         losses = []
         for row, target in zip(x[member], y[member], strict=True):
             mu, log_var = predict(row, member, parameters)
-            share = np.exp(predict(row, member, fixed or parameters)[1]) ** beta
+            share = np.exp(predict(row, member, fixed)[1]) ** [betas[0], *[betas[1]] * (len(target) - 1)]
             shares.append(share)
             errors = mu[varies] - ((target - target_mean)[varies] / target_std[varies])
             squares = errors**2 / np.exp(log_var[varies])
@@ -110,8 +110,8 @@ def oracle_loss(parameters, x, y, beta=0.0, fixed=None):
     return total + 0.01 * np.sum((np.mean(shares, axis=0) * (upper - lower))[varies])
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_loss_and_gradients_against_float64(beta):
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.5, 0.25)])
+def test_loss_and_gradients_against_float64(betas):
     ensemble = make_ensemble().double()
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 5, 5)), rng.normal(size=(4, 5, 4))
@@ -125,7 +125,7 @@ def test_loss_and_gradients_against_float64(beta):
     with th.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * th.randn_like(parameter)
-    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)), beta=beta)
+    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)), betas=betas)
     loss.backward()
 
     arrays = [parameter.detach().numpy().copy() for parameter in [*ensemble.weights, *ensemble.biases]]
@@ -140,7 +140,7 @@ def test_loss_and_gradients_against_float64(beta):
     fixed = deepcopy(parameters())
 
     def oracle():
-        return oracle_loss(parameters(), x, y, beta, fixed)
+        return oracle_loss(parameters(), x, y, betas, fixed)
 
     assert loss.item() == pytest.approx(oracle(), rel=1e-12)
     for array, gradient in zip(arrays, gradients, strict=True):
@@ -430,7 +430,7 @@ def test_fit_within_a_budget(monkeypatch):
     adamw = th.optim.AdamW(groups, lr=5e-3)
     for _, x, y in states[:20]:
         adamw.zero_grad()
-        ensemble.loss(x, y, parameters, training.BETA).backward()
+        ensemble.loss(x, y, parameters, training.BETAS).backward()
         adamw.step()
     for name, tensor in states[20][0].items():
         np.testing.assert_allclose(tensor, parameters[name].detach(), rtol=1e-3, atol=1e-5, err_msg=name)

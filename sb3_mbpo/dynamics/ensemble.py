@@ -201,27 +201,28 @@ class Ensemble(nn.Module):
         unit_inputs: th.Tensor,
         unit_targets: th.Tensor,
         parameters: Tensors | None = None,
-        beta: th.Tensor | float = 0.0,
+        betas: th.Tensor | tuple[float, float] = (0.0, 0.0),
     ) -> th.Tensor:
         """
         What training minimises: the likelihood of every member on its own batch, averaged over rows and those dimensions that
         vary, weight decay, and the penalty on the log-variance bounds.
 
-        With ``beta`` above 0 the likelihood of each number counts in proportion to its predicted variance to this power
-        (Seitzer et al. 2022, beta-NLL). Without, what is predicted well counts most, and a rare row that is predicted
-        badly is taken for noise, with hardly a gradient for its mean.
+        With ``betas`` above 0 the likelihood of each number counts in proportion to its predicted variance to this power
+        (Seitzer et al. 2022, beta-NLL). Without, what is predicted well counts most, and a rare row that is predicted badly is
+        taken for noise, with hardly a gradient for its mean.
 
         :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
         :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
         :param parameters: In place of its own, by their names
-        :param beta: Between 0, the likelihood itself (paper), and 1, where gradients of the mean are those of squared errors
+        :param betas: Of the reward and of the changes, between 0, the likelihood itself (paper), and 1, where gradients of
+            the mean are those of squared errors
         :return: A scalar
         """
         parameters = dict(self.named_parameters()) if parameters is None else parameters
         mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
-        share = th.exp(beta * log_var.detach())
+        share = th.cat([betas[0] * log_var[:, :, :1], betas[1] * log_var[:, :, 1:]], dim=2).detach().exp()
         nll = share * gaussian_nll(mean, log_var, unit_targets) * self.varies
         # As much of the penalty as of the likelihood. Of a constant, nothing else would hold the bounds.
         distance = (parameters["max_log_var"] - parameters["min_log_var"]) * self.varies
