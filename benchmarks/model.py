@@ -276,7 +276,7 @@ class Variant(NamedTuple):
     rate: float = 2e-3
     steps: float = 1.0
     network: type[Ensemble] = Ensemble
-    constants: Mapping[str, float] = {}
+    constants: Mapping[str, Any] = {}
 
 
 VARIANTS = {

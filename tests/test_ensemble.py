@@ -445,6 +445,21 @@ def test_fit_within_a_budget(monkeypatch):
         np.testing.assert_allclose(parameter.detach(), th.stack([each[name] for each in after[5:]]).mean(dim=0), atol=1e-6)
 
 
+@pytest.mark.parametrize(("betas", "is_learned"), [(training.BETAS, True), ((0.0, 0.0), False)])
+def test_a_rare_reward_is_learned(betas, is_learned, monkeypatch):
+    """Not by the likelihood itself, for which it is noise: a reward of 0 in 2 % of the rows, beside changes without any noise."""
+    monkeypatch.setattr(training, "BETAS", betas)
+    th.manual_seed(0)
+    inputs = 2 * th.rand(1500, 4) - 1
+    a, b, c, action = inputs.split(1, dim=1)
+    targets = th.cat([(a + b < 1.6).float(), 0.1 * b, 0.05 * th.sin(2 * c) + 0.02 * action, 0.02 * a * b], dim=1)
+    assert targets[:, 0].mean() == pytest.approx(0.98, abs=0.01)
+    ensemble = Ensemble(3, 1, (64, 64), 3, 2, 2e-3)
+    of_reward, *of_changes = fit(ensemble, inputs, targets, 1500).r2.tolist()
+    assert of_reward > 0.5 if is_learned else of_reward < 0.2
+    assert min(of_changes) > 0.95
+
+
 def test_the_first_training_ends_where_nothing_is_left_to_learn(monkeypatch):
     """Of noise there is nothing to learn but how much there is. Each member ends with the weights that were best."""
     th.manual_seed(0)
