@@ -447,7 +447,7 @@ def test_fit_within_a_budget(monkeypatch):
 
 @pytest.mark.parametrize(("betas", "is_learned"), [(training.BETAS, True), ((0.0, 0.0), False)])
 def test_a_rare_reward_is_learned(betas, is_learned, monkeypatch):
-    """Not by the likelihood itself, for which it is noise: a reward of 0 in 2 % of the rows, beside changes without any noise."""
+    """Not by the likelihood itself, for which it is noise: a reward of 0 in 2 % of the rows, beside clean changes."""
     monkeypatch.setattr(training, "BETAS", betas)
     th.manual_seed(0)
     inputs = 2 * th.rand(1500, 4) - 1
