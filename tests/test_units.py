@@ -73,16 +73,15 @@ def test_predictions_stay_when_units_change(factors, shifts, seed):
     """Both statistics move at once, and what a fitted ensemble says in raw units does not."""
     th.manual_seed(seed)
     ensemble = make_ensemble(3, 1, (8, 8)).double()
-    ensemble.set_stats(th.randn(50, 4).double(), th.randn(50, 4).double())
+    data = [th.randn(50, 4).double(), th.randn(50, 4).double()]
+    ensemble.set_stats(*data)
     ensemble.n_fits += 1
     with th.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * th.randn_like(parameter)
     inputs = th.randn(20, 4).double()
     before, scale = ensemble.predict(inputs), ensemble.target_std.clone()
-    data = [
-        th.randn(50, 4).double() * th.tensor(factor) + th.tensor(shift) for factor, shift in zip(factors, shifts, strict=True)
-    ]
+    data = [each * th.tensor(factor) + th.tensor(shift) for each, factor, shift in zip(data, factors, shifts, strict=True)]
     ensemble.set_stats(*data)
     np.testing.assert_allclose(ensemble.target_std, data[1].std(0, correction=0), rtol=1e-9)
     (mean, std), (new_mean, new_std) = before, ensemble.predict(inputs)
