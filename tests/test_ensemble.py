@@ -344,6 +344,8 @@ def test_fit_follows_the_paper(monkeypatch):
     seen, errors, weights, held_out = [], [], [], []
 
     def watched_step(self, state, x, y, numbers):
+        # The likelihood itself, and no decay but that in the loss
+        assert numbers[7:].tolist() == [1, 0, 0]
         number = x[:, :, 0] * self.input_std[0] + self.input_mean[0]
         seen.append((number * n).round().int())
         return step(self, state, x, y, numbers)
