@@ -39,7 +39,7 @@ from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.dynamics.training import (
     BATCH_SIZE,
-    BETAS,
+    NLL_BETAS,
     Step,
     budget,
     draw_batches,
@@ -193,7 +193,7 @@ def last_weights(
         n_steps,
         step,
         weight_decay(len(rows)),
-        BETAS,
+        NLL_BETAS,
     )
 
 
@@ -205,7 +205,7 @@ def rate_to_zero(
     rate, losses = group["lr"], []
     for i, batch in enumerate(draw_batches(rows, ensemble.n_members, n_steps)):
         group["lr"] = rate * (1 - i / n_steps)
-        losses.append(train_on(ensemble, inputs, targets, [batch], 1, step, weight_decay(len(rows)), BETAS))
+        losses.append(train_on(ensemble, inputs, targets, [batch], 1, step, weight_decay(len(rows)), NLL_BETAS))
     group["lr"] = rate
     return th.cat(losses)
 
@@ -229,7 +229,7 @@ def newest_more_often(
         for parts in zip(old, draw_batches(rows[-900:], ensemble.n_members, n_steps, n_new), strict=True):
             yield th.cat(parts, dim=1)
 
-    return train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)), BETAS, average=True)
+    return train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)), NLL_BETAS, average=True)
 
 
 def small_batches(
@@ -238,7 +238,7 @@ def small_batches(
     """Batches of half the size, twice as many."""
     batches = draw_batches(rows, ensemble.n_members, 2 * n_steps, BATCH_SIZE // 2)
     # Not the compiled step, which is for batches of the whole size
-    return train_on(ensemble, inputs, targets, batches, 2 * n_steps, None, weight_decay(len(rows)), BETAS, average=True)
+    return train_on(ensemble, inputs, targets, batches, 2 * n_steps, None, weight_decay(len(rows)), NLL_BETAS, average=True)
 
 
 def all_steps(
@@ -246,7 +246,9 @@ def all_steps(
 ) -> th.Tensor:
     """Nothing ends a training before its budget."""
     batches, is_first = draw_batches(rows, ensemble.n_members, n_steps), not ensemble.is_fitted
-    return train_on(ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), BETAS, average=not is_first)
+    return train_on(
+        ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), NLL_BETAS, average=not is_first
+    )
 
 
 class LayerNormEnsemble(Ensemble):
@@ -294,9 +296,9 @@ VARIANTS = {
     "whole first training": Variant(changed(all_steps, first_too=True)),
     "no weight decay": Variant(constants={"MAX_WEIGHT_DECAY": 0.0}),
     "weight decay 0.3": Variant(constants={"MAX_WEIGHT_DECAY": 0.3, "ROWS_OF_PRIOR": 1_000}),
-    "the likelihood itself": Variant(constants={"BETAS": (0.0, 0.0)}),
-    "beta 0.25": Variant(constants={"BETAS": (0.25, 0.25)}),
-    "beta 0.5": Variant(constants={"BETAS": (0.5, 0.5)}),
+    "the likelihood itself": Variant(constants={"NLL_BETAS": (0.0, 0.0)}),
+    "beta 0.25": Variant(constants={"NLL_BETAS": (0.25, 0.25)}),
+    "beta 0.5": Variant(constants={"NLL_BETAS": (0.5, 0.5)}),
     "layer norm": Variant(network=LayerNormEnsemble),
     "no extra steps": Variant(constants={"EXTRA_STEPS": 0}),
     "2,000 extra steps": Variant(constants={"EXTRA_STEPS": 2_000}),

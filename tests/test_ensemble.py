@@ -125,7 +125,7 @@ def test_loss_and_gradients_against_float64(betas):
     with th.no_grad():
         for parameter in ensemble.parameters():
             parameter += 0.1 * th.randn_like(parameter)
-    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)), betas=betas)
+    loss = ensemble.loss(ensemble.unit_inputs(th.tensor(x)), ensemble.unit_targets(th.tensor(y)), nll_betas=betas)
     loss.backward()
 
     arrays = [parameter.detach().numpy().copy() for parameter in [*ensemble.weights, *ensemble.biases]]
@@ -432,7 +432,7 @@ def test_fit_within_a_budget(monkeypatch):
     adamw = th.optim.AdamW(groups, lr=5e-3)
     for _, x, y in states[:20]:
         adamw.zero_grad()
-        ensemble.loss(x, y, parameters, training.BETAS).backward()
+        ensemble.loss(x, y, parameters, training.NLL_BETAS).backward()
         adamw.step()
     for name, tensor in states[20][0].items():
         np.testing.assert_allclose(tensor, parameters[name].detach(), rtol=1e-3, atol=1e-5, err_msg=name)
@@ -447,10 +447,10 @@ def test_fit_within_a_budget(monkeypatch):
         np.testing.assert_allclose(parameter.detach(), th.stack([each[name] for each in after[5:]]).mean(dim=0), atol=1e-6)
 
 
-@pytest.mark.parametrize(("betas", "is_learned"), [(training.BETAS, True), ((0.0, 0.0), False)])
+@pytest.mark.parametrize(("betas", "is_learned"), [(training.NLL_BETAS, True), ((0.0, 0.0), False)])
 def test_a_rare_reward_is_learned(betas, is_learned, monkeypatch):
     """Not by the likelihood itself, for which it is noise: a reward of 0 in 2 % of the rows, beside clean changes."""
-    monkeypatch.setattr(training, "BETAS", betas)
+    monkeypatch.setattr(training, "NLL_BETAS", betas)
     th.manual_seed(0)
     inputs = 2 * th.rand(1500, 4) - 1
     a, b, c, action = inputs.split(1, dim=1)

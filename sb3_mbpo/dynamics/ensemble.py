@@ -201,20 +201,20 @@ class Ensemble(nn.Module):
         unit_inputs: th.Tensor,
         unit_targets: th.Tensor,
         parameters: Tensors | None = None,
-        betas: th.Tensor | tuple[float, float] = (0.0, 0.0),
+        nll_betas: th.Tensor | tuple[float, float] = (0.0, 0.0),
     ) -> th.Tensor:
         """
         What training minimises: the likelihood of every member on its own batch, averaged over rows and those dimensions that
         vary, weight decay, and the penalty on the log-variance bounds.
 
-        With ``betas`` above 0 the likelihood of each number counts in proportion to its predicted variance to this power
+        With ``nll_betas`` above 0 the likelihood of each number counts in proportion to its predicted variance to this power
         (Seitzer et al. 2022, beta-NLL). Without, what is predicted well counts most, and a rare row that is predicted badly is
         taken for noise, with hardly a gradient for its mean.
 
         :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
         :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
         :param parameters: In place of its own, by their names
-        :param betas: Of the reward and of the changes, between 0, the likelihood itself (paper), and 1, where gradients of
+        :param nll_betas: Of the reward and of the changes, between 0, the likelihood itself (paper), and 1, where gradients of
             the mean are those of squared errors
         :return: A scalar
         """
@@ -222,7 +222,7 @@ class Ensemble(nn.Module):
         mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
-        share = th.cat([betas[0] * log_var[:, :, :1], betas[1] * log_var[:, :, 1:]], dim=2).detach().exp()
+        share = th.cat([nll_betas[0] * log_var[:, :, :1], nll_betas[1] * log_var[:, :, 1:]], dim=2).detach().exp()
         nll = share * gaussian_nll(mean, log_var, unit_targets) * self.varies
         # As much of the penalty as of the likelihood. Of a constant, nothing else would hold the bounds.
         distance = (parameters["max_log_var"] - parameters["min_log_var"]) * self.varies

@@ -25,7 +25,7 @@ STEPS_PER_LOOK = 100
 PATIENCE = 5
 # See `Ensemble.loss`. With 0.25 for both, a reward that is another in 2 % of the rows was not learned; with 0.5 for both,
 # changes of the observation were predicted with too much confidence.
-BETAS = (0.5, 0.25)
+NLL_BETAS = (0.5, 0.25)
 # See `weight_decay`
 MAX_WEIGHT_DECAY, ROWS_OF_PRIOR = 0.1, 300
 
@@ -153,7 +153,7 @@ def train_step(
     :param state: Changed
     :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
     :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
-    :param coefficients: Adam's, what the weights are multiplied with, and ``betas`` of the loss, ``(10,)``
+    :param coefficients: Adam's, what the weights are multiplied with, and ``nll_betas`` of the loss, ``(10,)``
     :return: Loss before the step
     """
 
@@ -168,11 +168,11 @@ def train_step(
     return value
 
 
-def _numbers(ensemble: Ensemble, n_steps: int, decay: float, betas: tuple[float, float]) -> th.Tensor:
+def _numbers(ensemble: Ensemble, n_steps: int, decay: float, nll_betas: tuple[float, float]) -> th.Tensor:
     """The coefficients of :func:`train_step` for the next steps, ``(n_steps, 10)``."""
     shrink = 1 - decay * ensemble.optimizer.param_groups[0]["lr"]
     adams = coefficients(ensemble.optimizer, n_steps)
-    return th.cat([adams, adams.new_tensor([shrink, *betas]).expand(n_steps, 3)], dim=1)
+    return th.cat([adams, adams.new_tensor([shrink, *nll_betas]).expand(n_steps, 3)], dim=1)
 
 
 def _train_state(ensemble: Ensemble) -> TrainState:
@@ -193,7 +193,7 @@ def try_step(ensemble: Ensemble, step: Step) -> None:
     inputs, targets = (ensemble.weights[0].new_zeros(ensemble.n_members, BATCH_SIZE, n) for n in (n_in, n_out))
     state = TrainState(*({name: tensor.clone() for name, tensor in each.items()} for each in _train_state(ensemble)))
     ensemble.train()
-    step(ensemble, state, inputs, targets, _numbers(ensemble, 1, 0.0, BETAS)[0])
+    step(ensemble, state, inputs, targets, _numbers(ensemble, 1, 0.0, NLL_BETAS)[0])
     ensemble.eval()
 
 
@@ -206,7 +206,7 @@ def train_on(
     n_steps: int,
     compiled_step: Step | None = None,
     decay: float = 0.0,
-    betas: tuple[float, float] = (0.0, 0.0),
+    nll_betas: tuple[float, float] = (0.0, 0.0),
     average: bool = False,
 ) -> th.Tensor:
     """
@@ -219,14 +219,14 @@ def train_on(
     :param n_steps: Number of batches
     :param compiled_step: What :func:`train_step` was compiled to, for batches of 256
     :param decay: Share of the learning rate by which weights shrink at each step (see :func:`weight_decay`)
-    :param betas: See :meth:`Ensemble.loss`
+    :param nll_betas: See :meth:`Ensemble.loss`
     :param average: Whether to end in the mean of the weights of the second half of these steps, which jump less (Izmailov
         et al. 2018)
     :return: Loss of each step, ``(n_steps,)``
     """
     state, losses = _train_state(ensemble), []
     parameters, half = list(state.parameters.values()), n_steps // 2
-    for i, (rows, of_step) in enumerate(zip(batches, _numbers(ensemble, n_steps, decay, betas).unbind(), strict=True)):
+    for i, (rows, of_step) in enumerate(zip(batches, _numbers(ensemble, n_steps, decay, nll_betas).unbind(), strict=True)):
         x, y = (array.index_select(0, rows.reshape(-1)).view(*rows.shape, -1) for array in (inputs, targets))
         step = compiled_step if compiled_step is not None and rows.shape[1] == BATCH_SIZE else train_step
         losses.append(step(ensemble, state, ensemble.unit_inputs(x), ensemble.unit_targets(y), of_step))
@@ -348,7 +348,7 @@ def _train_within_budget(
     while len(losses) < n_steps and since_improvement < PATIENCE:
         n = min(STEPS_PER_LOOK, n_steps - len(losses)) if is_first else n_steps
         batches = draw_batches(train, ensemble.n_members, n)
-        losses += train_on(ensemble, inputs, targets, batches, n, compiled_step, decay, BETAS, not is_first).unbind()
+        losses += train_on(ensemble, inputs, targets, batches, n, compiled_step, decay, NLL_BETAS, not is_first).unbind()
         if best is not None:
             improved = best.update(holdout_nll(ensemble, inputs[holdout], targets[holdout]))
             since_improvement = 0 if improved else since_improvement + 1
