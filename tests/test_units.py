@@ -92,6 +92,26 @@ def test_predictions_stay_when_units_change(factors, shifts, seed):
     np.testing.assert_allclose(new_std[:, :, grows], std[:, :, grows], rtol=0.5)
 
 
+def test_bounds_of_variances_stay_learned():
+    """Where units do not change nothing does, and where one grows or shrinks its bounds get no narrower."""
+    inputs, targets = system()
+    th.manual_seed(1)
+    ensemble = make_ensemble(3, 1, (32, 32), learning_rate=2e-3)
+    fit(ensemble, inputs, targets, 600)
+    upper, lower = ensemble.max_log_var.detach().clone(), ensemble.min_log_var.detach().clone()
+    assert (upper < 0.4).any() and (lower > -9.9).any()
+    before = ensemble.predict(inputs)
+    ensemble.set_stats(inputs, targets)
+    assert all(th.equal(new, old) for new, old in zip(ensemble.predict(inputs), before, strict=True))
+
+    narrowest_upper, narrowest_lower = upper.clamp(max=0.5), lower.clamp(min=-10)
+    for factor in (2, 0.1):
+        ensemble.set_stats(inputs, factor * targets)
+        assert (ensemble.max_log_var >= narrowest_upper).all() and (ensemble.min_log_var <= narrowest_lower).all()
+    # Shrunk to a tenth of the first spread, a twentieth of the last one
+    np.testing.assert_allclose(ensemble.max_log_var.detach(), narrowest_upper + 2 * np.log(20), rtol=1e-4)
+
+
 @pytest.mark.parametrize("factor", [100, 0.01])
 def test_a_spread_that_jumps_is_learned_anew(factor):
     """Of the targets: after another thousand transitions the noise is known again."""

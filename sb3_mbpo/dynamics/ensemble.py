@@ -133,8 +133,8 @@ class Ensemble(nn.Module):
         Refit the units. What a fitted ensemble predicts in raw units stays as it is: its first and its last layer are
         rescaled to the new ones (van Hasselt et al. 2016, PopArt). Two exceptions are for dimensions that spread more than
         three times as far as before, of which little is known: the first layer is not rescaled for such an input (a function
-        that was steep would be wrong far away), nor is the variance of such a target. Bounds of variances are never narrower
-        than they began.
+        that was steep would be wrong far away), nor is the variance of such a target. Bounds of variances get no
+        narrower in the new units, unless they are wider than they began.
 
         :param inputs: ``(n, obs_dim + action_dim)``
         :param targets: ``(n, 1 + obs_dim)``
@@ -166,10 +166,10 @@ class Ensemble(nn.Module):
         bias[:, :, :n] = bias[:, :, :n] * factor.to(weight) + shift.to(weight)
         # A variance has the square of the factor, and so have its bounds
         log_factor = th.where(factor >= 1 / MAX_FACTOR, 2 * factor.log(), 0.0).to(weight)
-        for log_var in (bias[:, :, n:], self.max_log_var, self.min_log_var):
-            log_var += log_factor
-        self.max_log_var.clamp_(min=MAX_LOG_VAR)
-        self.min_log_var.clamp_(max=MIN_LOG_VAR)
+        bias[:, :, n:] += log_factor
+        least_max, most_min = self.max_log_var.clamp(max=MAX_LOG_VAR), self.min_log_var.clamp(min=MIN_LOG_VAR)
+        self.max_log_var.copy_(th.maximum(self.max_log_var + log_factor, least_max))
+        self.min_log_var.copy_(th.minimum(self.min_log_var + log_factor, most_min))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}target_scale" in state_dict:
