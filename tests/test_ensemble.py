@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_mbpo.dynamics import training
-from sb3_mbpo.dynamics.ensemble import Ensemble, weight_decays
+from sb3_mbpo.dynamics.ensemble import Ensemble, shares, weight_decays
 from sb3_mbpo.dynamics.training import (
     MAX_MEASURED,
     bootstrap,
@@ -95,10 +95,13 @@ def oracle_loss(parameters, x, y, betas, fixed):
     total, shares = 0.0, []
     for member in range(len(weights[0])):
         losses = []
-        for row, target in zip(x[member], y[member], strict=True):
+        share_of_rows = np.exp([predict(row, member, fixed)[1] for row in x[member]])
+        share_of_rows **= [betas[0], *[betas[1]] * (len(varies) - 1)]
+        share_of_rows[:, 0] /= share_of_rows[:, 0].mean()
+        share_of_rows[:, 1:] /= share_of_rows[:, 1:][:, varies[1:]].mean()
+        shares += list(share_of_rows)
+        for row, target, share in zip(x[member], y[member], share_of_rows, strict=True):
             mu, log_var = predict(row, member, parameters)
-            share = np.exp(predict(row, member, fixed)[1]) ** [betas[0], *[betas[1]] * (len(target) - 1)]
-            shares.append(share)
             errors = mu[varies] - ((target - target_mean)[varies] / target_std[varies])
             squares = errors**2 / np.exp(log_var[varies])
             # The reward comes first, and is always Gaussian
@@ -445,6 +448,16 @@ def test_fit_within_a_budget(monkeypatch):
     assert ensemble.optimizer.state_dict()["state"][0]["step"] == 101
     for name, parameter in ensemble.named_parameters():
         np.testing.assert_allclose(parameter.detach(), th.stack([each[name] for each in after[5:]]).mean(dim=0), atol=1e-6)
+
+
+def test_shares():
+    powers, varies = th.rand(2, 5, 3), th.tensor([True, False, True])
+    share = shares(powers, varies)
+    np.testing.assert_allclose(share[:, :, varies].mean(dim=(1, 2)), 1, rtol=1e-6)
+    np.testing.assert_allclose(share[1, :, 2] / share[1, 0, 0], powers[1, :, 2] / powers[1, 0, 0], rtol=1e-6)
+    # The likelihood itself, bit for bit; nothing of a constant
+    assert th.equal(shares(th.ones(2, 300, 3), varies), varies.float().expand(2, 300, 3))
+    assert th.equal(shares(powers, ~th.ones(3, dtype=th.bool)), th.zeros(2, 5, 3))
 
 
 @pytest.mark.parametrize(("betas", "is_learned"), [(training.NLL_BETAS, True), ((0.0, 0.0), False)])

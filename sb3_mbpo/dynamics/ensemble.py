@@ -46,6 +46,17 @@ def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor) -> th.T
     return th.cat([z[:, :, :1].square(), huber(z[:, :, 1:])], dim=2) + log_var
 
 
+def shares(powers: th.Tensor, varies: th.Tensor) -> th.Tensor:
+    """
+    :param powers: To what each number counts in proportion, ``(n_members, batch, dim)``
+    :param varies: Dimensions that are not constant, bool, ``(dim,)``
+    :return: How much each number counts: for each member 1 on average over rows and dimensions, and 0 of a constant
+    """
+    powers = powers * varies
+    total = powers.sum(dim=(1, 2), keepdim=True)
+    return powers * (powers.shape[1] * varies.sum() / th.where(total > 0, total, 1.0))
+
+
 class Ensemble(nn.Module):
     """
     Probabilistic networks p(reward, next_obs - obs | obs, action), each a diagonal Gaussian, side by side
@@ -208,8 +219,8 @@ class Ensemble(nn.Module):
         vary, weight decay, and the penalty on the log-variance bounds.
 
         With ``nll_betas`` above 0 the likelihood of each number counts in proportion to its predicted variance to this power
-        (Seitzer et al. 2022, beta-NLL). Without, what is predicted well counts most, and a rare row that is predicted badly is
-        taken for noise, with hardly a gradient for its mean.
+        (Seitzer et al. 2022, beta-NLL); the reward on average as much as a change. Without, what is predicted well counts
+        most, and a rare row that is predicted badly is taken for noise, with hardly a gradient for its mean.
 
         :param unit_inputs: ``(n_members, batch, obs_dim + action_dim)``
         :param unit_targets: ``(n_members, batch, 1 + obs_dim)``
@@ -222,11 +233,11 @@ class Ensemble(nn.Module):
         mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
-        share = th.cat([nll_betas[0] * log_var[:, :, :1], nll_betas[1] * log_var[:, :, 1:]], dim=2).detach().exp()
-        nll = share * gaussian_nll(mean, log_var, unit_targets) * self.varies
+        powers = th.cat([nll_betas[0] * log_var[:, :, :1], nll_betas[1] * log_var[:, :, 1:]], dim=2).detach().exp()
+        share = th.cat([shares(powers[:, :, :1], self.varies[:1]), shares(powers[:, :, 1:], self.varies[1:])], dim=2)
+        nll = share * gaussian_nll(mean, log_var, unit_targets)
         # As much of the penalty as of the likelihood. Of a constant, nothing else would hold the bounds.
-        distance = (parameters["max_log_var"] - parameters["min_log_var"]) * self.varies
-        bounds = BOUND_PENALTY * (share.mean(dim=(0, 1)) * distance).sum()
+        bounds = BOUND_PENALTY * (share.mean(dim=(0, 1)) * (parameters["max_log_var"] - parameters["min_log_var"])).sum()
         return nll.sum(dim=2).mean(dim=1).sum() / self.varies.sum().clamp(min=1) + decay + bounds
 
     @th.no_grad()
