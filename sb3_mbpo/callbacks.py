@@ -194,7 +194,7 @@ class DynamicsCallback(BaseCallback):
         # A loaded optimizer brings the rate that it was saved with
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
         n_new = agent.lifetime_timesteps - agent.last_model_training if agent.dynamics.is_fitted else len(obs)
-        n_steps = budget(agent.model_gradient_steps, n_new, len(obs))
+        n_steps = budget(agent.model_gradient_steps, n_new, max(len(obs), agent.lifetime_timesteps))
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
             try:
@@ -245,8 +245,8 @@ class DynamicsCallback(BaseCallback):
         if poor and result.n_measured >= MIN_MEASURED:
             self._warn_once(
                 "r2",
-                f"The model predicts {' and '.join(poor)} no better than a constant: on {result.n_measured:,} transitions "
-                f"that it was not trained on, {quality} (1 is perfect, 0 a constant). More data may help (`learning_starts`), "
+                f"The model predicts {' and '.join(poor)} no better than a constant: on {result.n_measured:,} held-out "
+                f"transitions, {quality} (1 is perfect, 0 a constant). More data may help (`learning_starts`), "
                 "more training (`model_gradient_steps`), a `reward_fn` if the reward is known, and an observation that has "
                 "all that decides on what comes next (velocities; otherwise `gymnasium.wrappers.FrameStackObservation`). "
                 "If nothing does, `real_ratio=1` learns without the model.",

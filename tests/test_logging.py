@@ -69,6 +69,12 @@ def test_numbers(rows):
     assert seconds["time/model_seconds"][1] == seconds["time/updates_seconds"][1] == 0
 
 
+def test_a_small_buffer_does_not_ask_for_more_gradient_steps():
+    """Trained at 61 and at 111, on 50 transitions each time."""
+    agent = make_agent(buffer_size=50).learn(112)
+    assert agent.logger.name_to_value["model/gradient_steps"] == round(0.01 * 50 * (1 + 1_000 / 111))
+
+
 def test_seconds_add_up():
     agent = make_agent()
     import time

@@ -68,7 +68,7 @@ def budget(steps_per_env_step: float | None, n_new: int, n: int) -> int | None:
 
     :param steps_per_env_step: Gradient steps of the model for each environment step, None for the paper's rule
     :param n_new: Environment steps since it was last trained; if it never was, all transitions
-    :param n: Number of transitions
+    :param n: How many transitions there have been, also if the buffer holds fewer
     :return: Gradient steps of the training, at least one; None for the paper's rule
     """
     if steps_per_env_step is None:
