@@ -156,7 +156,7 @@ def made_ready(task: str, **kwargs: Any) -> MBPO:
     :param kwargs: For MBPO
     :return: An agent with 5,000 real and 100,000 generated transitions, compiled
     """
-    # One epoch: the model need not be good here
+    # Few gradient steps: the model need not be good here
     agent = MBPO(
         "MlpPolicy", make_env(task), seed=0, gradient_steps=1, compile=True, model_gradient_steps=0.01, device="cpu", **kwargs
     )

@@ -542,3 +542,23 @@ def test_auto_schedule(monkeypatch, events, tmp_path):
     agent.save(tmp_path / "agent")
     loaded = MBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
     assert loaded.rollout_schedule == "auto" and loaded.rollout_length == 2
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"buffer_size": 150}])
+def test_no_gradient_step_ever_sees_what_is_held_out(kwargs, monkeypatch):
+    """Not even when the replay buffer is full, and new transitions take the place of old ones."""
+    trained, measured = [], []
+
+    def train(ensemble, inputs, targets, rows, holdout, *args):
+        trained.append({tuple(row) for row in inputs[rows].tolist()})
+        measured.append({tuple(row) for row in inputs[holdout].tolist()})
+        return within_budget(ensemble, inputs, targets, rows, holdout, *args)
+
+    within_budget = training._train_within_budget
+    monkeypatch.setattr(training, "_train_within_budget", train)
+    make_agent(**kwargs).learn(401)
+    assert len(trained) == 7 and len(measured[-1]) == (15 if kwargs else 35)
+    seen = set()
+    for rows, held_out in zip(trained, measured, strict=True):
+        seen |= rows
+        assert held_out and seen.isdisjoint(held_out)
