@@ -286,7 +286,6 @@ VARIANTS = {
     "paper": Variant(by_the_paper, rate=1e-3),
     # One thing changed
     "rate 1e-3": Variant(rate=1e-3),
-    "rate 1.5e-3": Variant(rate=1.5e-3),
     "rate 4e-3": Variant(rate=4e-3),
     "rate to zero": Variant(changed(rate_to_zero)),
     "Adam anew": Variant(changed(adam_anew)),
@@ -297,8 +296,6 @@ VARIANTS = {
     "no weight decay": Variant(constants={"MAX_WEIGHT_DECAY": 0.0}),
     "weight decay 0.3": Variant(constants={"MAX_WEIGHT_DECAY": 0.3, "ROWS_OF_PRIOR": 1_000}),
     "the likelihood itself": Variant(constants={"NLL_BETAS": (0.0, 0.0)}),
-    "beta 0.25": Variant(constants={"NLL_BETAS": (0.25, 0.25)}),
-    "beta 0.5": Variant(constants={"NLL_BETAS": (0.5, 0.5)}),
     "layer norm": Variant(network=LayerNormEnsemble),
     "no extra steps": Variant(constants={"EXTRA_STEPS": 0}),
     "2,000 extra steps": Variant(constants={"EXTRA_STEPS": 2_000}),
