@@ -12,6 +12,7 @@ again on a growing part of it, as MBPO does, in several ways, and measures it ea
 import argparse
 import csv
 import importlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,19 +129,74 @@ def collect(task: str, file: Path, device: str) -> Transitions:
     return real_transitions(buffer, device)
 
 
-def in_other_units(transitions: Transitions, scale: float, noise: float) -> Transitions:
+def scaled(transitions: Transitions, factor: float, dims: slice = slice(None)) -> Transitions:
+    """
+    :param transitions: Real ones
+    :param factor: Of these dimensions of the observation
+    :param dims: Dimensions
+    :return: The same in other units
+    """
+    obs, next_obs = transitions.obs.clone(), transitions.next_obs.clone()
+    for each in (obs, next_obs):
+        each[:, dims] *= factor
+    return transitions._replace(obs=obs, next_obs=next_obs)
+
+
+def shifted(transitions: Transitions, shift: float) -> Transitions:
+    """
+    :param transitions: Real ones
+    :param shift: Of the first dimension of the observation
+    :return: The same in float64
+    """
+    obs, next_obs = transitions.obs.double(), transitions.next_obs.double()
+    for each in (obs, next_obs):
+        each[:, 0] += shift
+    return transitions._replace(obs=obs, next_obs=next_obs)
+
+
+def beside(transitions: Transitions, column: th.Tensor) -> Transitions:
     """
     :param transitions: Real ones in their order
-    :param scale: What to multiply observations and rewards with
-    :param noise: Standard deviation of another dimension of the observation, which tells nothing; 0 for none
-    :return: The same otherwise
+    :param column: A further dimension of the observation, ``(n + 1, 1)``
+    :return: The same with it, in float64
     """
-    obs, actions, next_obs, rewards, terminated = transitions
-    obs, next_obs = scale * obs, scale * next_obs
-    if noise > 0:
-        column = noise * th.randn(len(obs) + 1, 1, generator=th.Generator().manual_seed(0)).to(obs)
-        obs, next_obs = th.cat([obs, column[:-1]], dim=1), th.cat([next_obs, column[1:]], dim=1)
-    return Transitions(obs, actions, next_obs, scale * rewards, terminated)
+    column = column.to(transitions.obs.device)
+    obs = th.cat([transitions.obs.double(), column[:-1]], dim=1)
+    return transitions._replace(obs=obs, next_obs=th.cat([transitions.next_obs.double(), column[1:]], dim=1))
+
+
+def with_noise(transitions: Transitions, std: float) -> Transitions:
+    """
+    :param transitions: Real ones in their order
+    :param std: Of the noise
+    :return: The same with a dimension of mere noise
+    """
+    generator = th.Generator().manual_seed(0)
+    return beside(transitions, std * th.randn(len(transitions.obs) + 1, 1, generator=generator).double())
+
+
+def with_a_clock(transitions: Transitions) -> Transitions:
+    """
+    :param transitions: Real ones in their order
+    :return: The same with Unix time in seconds, a minute for each step
+    """
+    return beside(transitions, 1.7e9 + 60 * th.arange(len(transitions.obs) + 1).double()[:, None])
+
+
+# The model's error must be the same in all of them; with noise, in both of these
+UNITS: dict[str, Callable[[Transitions], Transitions]] = {
+    "as they are": lambda transitions: transitions,
+    "observations x 1e-4": lambda transitions: scaled(transitions, 1e-4),
+    "observations x 1e4": lambda transitions: scaled(transitions, 1e4),
+    "first dimension x 1e-4": lambda transitions: scaled(transitions, 1e-4, slice(1)),
+    "first dimension x 1e4": lambda transitions: scaled(transitions, 1e4, slice(1)),
+    "first dimension + 1e6": lambda transitions: shifted(transitions, 1e6),
+    "reward x 1e-3": lambda transitions: transitions._replace(rewards=1e-3 * transitions.rewards),
+    "reward x 1e3": lambda transitions: transitions._replace(rewards=1e3 * transitions.rewards),
+    "and Unix time": with_a_clock,
+    "and noise of 0.3": lambda transitions: with_noise(transitions, 0.3),
+    "and noise of 300": lambda transitions: with_noise(transitions, 300.0),
+}
 
 
 # --- Ways to train ------------------------------------------------------------------------------------------------------
@@ -401,23 +457,20 @@ def print_errors(args: argparse.Namespace) -> None:
     means = []
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["task", "way", "seed", "transitions", *Errors._fields])
-        for task in args.tasks:
+        writer.writerow(["task", "units", "way", "seed", "transitions", *Errors._fields])
+        for task, units, seed, way in itertools.product(args.tasks, args.units, args.seeds, args.ways):
             transitions = collect(task, args.buffers / f"{task.replace('/', '_')}.pkl", args.device)
-            transitions = in_other_units(transitions, args.scale, args.noise)
             begin, end = args.begin or TASKS[task].begin, args.end or TASKS[task].end
-            rows = range(begin, end + 1, args.every)
-            for seed in args.seeds:
-                for way in args.ways:
-                    found = []
-                    for n, each in zip(rows, measure(transitions, VARIANTS[way], rows, seed), strict=True):
-                        found.append(each)
-                        writer.writerow([task, way, seed, n, *(f"{value:.5g}" for value in each)])
-                        file.flush()
-                    mean = Errors(*np.mean(found, axis=0).tolist())
-                    means.append([task, way, str(seed), *(f"{value:.3g}" for value in mean)])
-                    print(*means[-1], flush=True)
-    print(f"\n| {' | '.join(['task', 'way', 'seed', *Errors._fields])} |\n|{'---|' * (3 + len(Errors._fields))}")
+            rows, found = range(begin, end + 1, args.every), []
+            for n, each in zip(rows, measure(UNITS[units](transitions), VARIANTS[way], rows, seed), strict=True):
+                found.append(each)
+                writer.writerow([task, units, way, seed, n, *(f"{value:.5g}" for value in each)])
+                file.flush()
+            mean = Errors(*np.mean(found, axis=0).tolist())
+            means.append([task, units, way, str(seed), *(f"{value:.3g}" for value in mean)])
+            print(*means[-1], flush=True)
+    columns = ["task", "units", "way", "seed", *Errors._fields]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in means:
         print(f"| {' | '.join(row)} |")
 
@@ -513,8 +566,9 @@ def main() -> None:
     error.add_argument("--begin", type=at_least(2), help="transitions of the first training (default: the task's)")
     error.add_argument("--end", type=at_least(2), help="transitions of the last training (default: the task's)")
     error.add_argument("--every", type=at_least(1), default=TRAIN_EVERY, help="environment steps between two trainings")
-    error.add_argument("--scale", type=float, default=1.0, help="factor of observations and rewards (default: 1)")
-    error.add_argument("--noise", type=float, default=0.0, help="spread of another dimension, of mere noise (default: none)")
+    error.add_argument(
+        "--units", nargs="+", choices=UNITS, default=["as they are"], metavar="UNITS", help=f"of the data: {', '.join(UNITS)}"
+    )
     error.add_argument("--buffers", type=Path, default=Path("runs/buffers"), help="folder for the replay buffers")
     error.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     error.add_argument("--out", type=Path, default=Path("errors.csv"), help="table with a line for each training")

@@ -15,11 +15,11 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from benchmarks import model
 from benchmarks.model import (
     N_NEXT,
+    UNITS,
     VARIANTS,
     Errors,
     as_regression,
     errors,
-    in_other_units,
     measure,
     seconds_by_size,
     seconds_of_loop,
@@ -97,19 +97,41 @@ def test_ways(name, eager):
     assert all(0.9 < each.mean < 1.5 for each in found)
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_other_units(scale, eager):
-    """Errors are in standard deviations; noise can be foreseen no better than its own spread."""
+@pytest.mark.parametrize("name", UNITS)
+def test_other_units(name, eager):
+    """Errors are in standard deviations."""
     transitions = buffer_of(np.full(400 + N_NEXT, 1e-9))
     variant = VARIANTS["budget"]._replace(steps=0.02)
-    (found,), (other,) = (
-        measure(in_other_units(transitions, factor, 0.0), variant, range(400, 401), seed=0) for factor in (1.0, scale)
-    )
-    assert other.mean == pytest.approx(found.mean, rel=0.02) and other.nll == pytest.approx(found.nll, rel=0.05)
-    noisy = in_other_units(transitions, scale, 3.0)
-    assert noisy.obs.shape == (400 + N_NEXT, 3) and noisy.obs[:, 2].std().item() == pytest.approx(3, rel=0.1)
-    assert th.equal(noisy.next_obs[:-1, 2], noisy.obs[1:, 2])
-    assert th.equal(noisy.obs[:, :2], scale * transitions.obs) and th.equal(noisy.rewards, scale * transitions.rewards)
+    obs, actions, next_obs, rewards, _ = other = UNITS[name](transitions)
+    (found,), (in_others,) = (measure(each, variant, range(400, 401), seed=0) for each in (transitions, other))
+    assert th.equal(actions, transitions.actions)
+    if not name.startswith("and"):
+        assert obs.shape == transitions.obs.shape
+        assert in_others.mean == pytest.approx(found.mean, rel=0.02) and in_others.nll == pytest.approx(found.nll, rel=0.05)
+        return
+    assert th.equal(obs[:, :2], transitions.obs.double()) and th.equal(rewards, transitions.rewards)
+    assert th.equal(next_obs[:-1, 2], obs[1:, 2])
+
+
+def test_units_are_what_they_are_called():
+    transitions = buffer_of(np.full(100, 1e-9))
+    obs = transitions.obs.double()
+
+    def of(name):
+        return UNITS[name](transitions)
+
+    np.testing.assert_allclose(of("observations x 1e-4").obs, 1e-4 * obs, rtol=1e-6)
+    np.testing.assert_allclose(of("observations x 1e4").next_obs, 1e4 * transitions.next_obs, rtol=1e-6)
+    for name, factor in (("first dimension x 1e-4", 1e-4), ("first dimension x 1e4", 1e4)):
+        np.testing.assert_allclose(of(name).obs, obs * th.tensor([factor, 1]), rtol=1e-6)
+        np.testing.assert_allclose(of(name).next_obs, transitions.next_obs * th.tensor([factor, 1]), rtol=1e-6)
+    assert of("first dimension + 1e6").obs.dtype == th.float64
+    np.testing.assert_allclose(of("first dimension + 1e6").next_obs - th.tensor([1e6, 0]), transitions.next_obs, atol=1e-9)
+    np.testing.assert_allclose(of("reward x 1e-3").rewards, 1e-3 * transitions.rewards, rtol=1e-6)
+    np.testing.assert_allclose(of("reward x 1e3").rewards, 1e3 * transitions.rewards, rtol=1e-6)
+    np.testing.assert_array_equal(of("and Unix time").next_obs[:, 2] - of("and Unix time").obs[:, 2], 60)
+    for name, std in (("and noise of 0.3", 0.3), ("and noise of 300", 300)):
+        assert of(name).obs[:, 2].std().item() == pytest.approx(std, rel=0.2)
 
 
 def test_regression():
