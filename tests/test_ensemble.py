@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_mbpo.dynamics import training
-from sb3_mbpo.dynamics.ensemble import Ensemble, shares, weight_decays
+from sb3_mbpo.dynamics.ensemble import Ensemble, nll_shares, weight_decays
 from sb3_mbpo.dynamics.training import (
     MAX_MEASURED,
     bootstrap,
@@ -450,14 +450,14 @@ def test_fit_within_a_budget(monkeypatch):
         np.testing.assert_allclose(parameter.detach(), th.stack([each[name] for each in after[5:]]).mean(dim=0), atol=1e-6)
 
 
-def test_shares():
-    powers, varies = th.rand(2, 5, 3), th.tensor([True, False, True])
-    share = shares(powers, varies)
+def test_nll_shares():
+    log_var, varies = th.randn(2, 5, 3), th.tensor([True, False, True])
+    share = nll_shares(log_var, 0.5, varies)
     np.testing.assert_allclose(share[:, :, varies].mean(dim=(1, 2)), 1, rtol=1e-6)
-    np.testing.assert_allclose(share[1, :, 2] / share[1, 0, 0], powers[1, :, 2] / powers[1, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(share[1, :, 2] / share[1, 0, 0], th.exp(0.5 * (log_var[1, :, 2] - log_var[1, 0, 0])), rtol=1e-6)
     # The likelihood itself, bit for bit; nothing of a constant
-    assert th.equal(shares(th.ones(2, 300, 3), varies), varies.float().expand(2, 300, 3))
-    assert th.equal(shares(powers, ~th.ones(3, dtype=th.bool)), th.zeros(2, 5, 3))
+    assert th.equal(nll_shares(th.randn(2, 300, 3), 0.0, varies), varies.float().expand(2, 300, 3))
+    assert th.equal(nll_shares(log_var, 0.5, ~th.ones(3, dtype=th.bool)), th.zeros(2, 5, 3))
 
 
 @pytest.mark.parametrize(("betas", "is_learned"), [(training.NLL_BETAS, True), ((0.0, 0.0), False)])

@@ -46,15 +46,19 @@ def gaussian_nll(mean: th.Tensor, log_var: th.Tensor, target: th.Tensor) -> th.T
     return th.cat([z[:, :, :1].square(), huber(z[:, :, 1:])], dim=2) + log_var
 
 
-def shares(powers: th.Tensor, varies: th.Tensor) -> th.Tensor:
+def nll_shares(log_var: th.Tensor, beta: th.Tensor | float, varies: th.Tensor) -> th.Tensor:
     """
-    :param powers: To what each number counts in proportion, ``(n_members, batch, dim)``
+    How much the likelihood of each number counts: in proportion to its variance to the power of beta (Seitzer et al. 2022).
+
+    :param log_var: As predicted, ``(n_members, batch, dim)``
+    :param beta: Between 0 and 1
     :param varies: Dimensions that are not constant, bool, ``(dim,)``
-    :return: How much each number counts: for each member 1 on average over rows and dimensions, and 0 of a constant
+    :return: For each member 1 on average over rows and dimensions, and 0 of a constant; without gradient,
+        ``(n_members, batch, dim)``
     """
-    powers = powers * varies
-    total = powers.sum(dim=(1, 2), keepdim=True)
-    return powers * (powers.shape[1] * varies.sum() / th.where(total > 0, total, 1.0))
+    power = (beta * log_var).detach().exp() * varies
+    total = power.sum(dim=(1, 2), keepdim=True)
+    return power * (power.shape[1] * varies.sum() / th.where(total > 0, total, 1.0))
 
 
 class Ensemble(nn.Module):
@@ -233,8 +237,8 @@ class Ensemble(nn.Module):
         mean, log_var = functional_call(self, parameters, (unit_inputs,))
         weights = [parameters[f"weights.{layer}"] for layer in range(len(self.weights))]
         decay = sum(wd * weight.square().sum() / 2 for wd, weight in zip(weight_decays(len(weights)), weights, strict=True))
-        powers = th.cat([nll_betas[0] * log_var[:, :, :1], nll_betas[1] * log_var[:, :, 1:]], dim=2).detach().exp()
-        share = th.cat([shares(powers[:, :, :1], self.varies[:1]), shares(powers[:, :, 1:], self.varies[1:])], dim=2)
+        of_reward = nll_shares(log_var[:, :, :1], nll_betas[0], self.varies[:1])
+        share = th.cat([of_reward, nll_shares(log_var[:, :, 1:], nll_betas[1], self.varies[1:])], dim=2)
         nll = share * gaussian_nll(mean, log_var, unit_targets)
         # As much of the penalty as of the likelihood. Of a constant, nothing else would hold the bounds.
         bounds = BOUND_PENALTY * (share.mean(dim=(0, 1)) * (parameters["max_log_var"] - parameters["min_log_var"])).sum()
