@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_mbpo import MBPO, MultiInputPolicy, buffers
-from sb3_mbpo.spaces import flat_dim, flatten, unflatten
+from sb3_mbpo.spaces import dim_names, flat_dim, flatten, unflatten
 from sb3_mbpo.update import not_covered, run_updates
 from tests.agents import SMALL
 from tests.envs import GoalEnv
@@ -46,6 +46,21 @@ def test_flatten_and_back(shapes, n):
     for back in (unflatten(space, flat), unflatten(space, th.as_tensor(flat))):
         assert list(back) == list(observation)
         assert all(np.array_equal(back[name], observation[name]) for name in observation)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-1, 1, (5,)),
+        spaces.Box(-1, 1, (2, 3)),
+        spaces.Dict({"b": spaces.Box(-1, 1, (2, 2)), "a": spaces.Box(-1, 1, (1,)), "bits": spaces.MultiBinary(3)}),
+    ],
+)
+def test_names_of_dimensions_find_them(space):
+    """As Python, they are the numbers of the flat observation."""
+    obs = space.sample()
+    values = [eval(name, {"obs": obs}) for name in dim_names(space)]
+    np.testing.assert_array_equal(values, flatten(obs, batch_dims=0))
 
 
 def test_without_hindsight():
