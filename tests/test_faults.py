@@ -292,7 +292,7 @@ def test_diverging_model(compile, tmp_path):
 def test_a_model_that_knows_nothing_is_reported():
     """Noise around a mean: the change can be foreseen, as the mean comes next, the reward cannot."""
     agent = make_agent(UnpredictableEnv(), learning_starts=600, model_gradient_steps=0.5)
-    pattern = r"predicts the reward no better than a constant: on \d+ transitions .*of the reward -\d.*`reward_fn`"
+    pattern = r"predicts the reward no better than a constant: on \d+ held-out transitions, .*of the reward -\d.*`reward_fn`"
     with pytest.warns(UserWarning, match=pattern) as record:
         agent.learn(700)
     assert len([each for each in record if "no better" in str(each.message)]) == 1
