@@ -109,6 +109,8 @@ def test_other_units(name, eager):
     obs, actions, next_obs, rewards, _ = other = UNITS[name](transitions)
     (found,), (in_others,) = (measure(each, variant, range(400, 401), seed=0) for each in (transitions, other))
     assert th.equal(actions, transitions.actions)
+    # Noise is foreseen no worse than the rest, which is noise too; a clock is known, but always beyond what was seen
+    assert in_others.mean == pytest.approx(found.mean, rel=0.5 if name == "and Unix time" else 0.1)
     if not name.startswith("and"):
         assert obs.shape == transitions.obs.shape
         assert in_others.mean == pytest.approx(found.mean, rel=0.02) and in_others.nll == pytest.approx(found.nll, rel=0.05)
