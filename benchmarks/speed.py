@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -238,8 +238,10 @@ def rollouts(task: str, rounds: int) -> Iterator[Result]:
 
 
 def peak_gigabytes() -> float:
-    """Most memory that this process has had in use."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Most memory that this process has had in use (Linux). `getrusage` would count that of the process that began it."""
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return int(peak[1]) * 1024 / 1e9
 
 
 def whole_loop(task: str) -> list[Result]:

@@ -135,8 +135,8 @@ class MBPO(SAC):
         as many. At most 20,000 times this number in one training. The first training makes fewer if held-out transitions
         become no likelier. None: the paper's rule, on and on until no network improves on held-out transitions for five
         epochs; that takes longer the more data there are, and hardly ends where there is no noise.
-    :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): more than twice
-        and one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
+    :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): about two and
+        one and a half times as fast. Compiling takes 10 to 60 s, some seconds on the same machine later, and needs a C++
         compiler. "auto": if ``learn()`` is going to make 10,000 updates or more. Where it cannot be done, SB3's own
         ``SAC.train`` is used; why is printed (``verbose=1``), or, with True, a warning.
     :param rollout_start: Where model rollouts start: "replay", in any state of the replay buffer, all equally likely (paper,
