@@ -69,8 +69,9 @@ class Ensemble(nn.Module):
     The weights of all members are stacked, ``(n_members, in, out)``, so that one product per layer serves all.
 
     **Units.** Networks, their variances and their loss are in units in which each input and each target has a mean of 0 and a
-    standard deviation of 1 over the real transitions (``unit_inputs``, ``unit_targets``). What :meth:`predict`, :meth:`sample`
-    and :meth:`nll` take and return are raw observations and rewards, and actions in [-1, 1] as in SB3's replay buffers.
+    spread of 1 over the real transitions (``unit_inputs``, ``unit_targets``; what a spread is, says ``target_stats``). What
+    :meth:`predict`, :meth:`sample` and :meth:`nll` take and return are raw observations and rewards, and actions in [-1, 1] as
+    in SB3's replay buffers.
 
     Constructing it does not touch the global random state, so that an agent that never uses the model
     sees the same random numbers as SB3's ``SAC``.
@@ -105,6 +106,7 @@ class Ensemble(nn.Module):
         for name, size in (("input", sizes[0]), ("target", sizes[-1])):
             self.register_buffer(f"{name}_mean", th.zeros(size, dtype=th.float64))
             self.register_buffer(f"{name}_std", th.ones(size, dtype=th.float64))
+            self.register_buffer(f"{name}_unit", th.zeros(size, dtype=th.float64))
         self.register_buffer("elites", th.arange(n_elites, dtype=th.float32))
         self.register_buffer("n_fits", th.zeros(()))
         self.input_mean: th.Tensor
@@ -112,6 +114,9 @@ class Ensemble(nn.Module):
         self.target_mean: th.Tensor
         # 0 in both: constant, hence no information, or predicted exactly
         self.target_std: th.Tensor
+        # When it last varied, for the weights; 0 if it never has
+        self.input_unit: th.Tensor
+        self.target_unit: th.Tensor
         self.elites: th.Tensor
         self.n_fits: th.Tensor
 
@@ -146,36 +151,41 @@ class Ensemble(nn.Module):
     def set_stats(self, inputs: th.Tensor, targets: th.Tensor) -> None:
         """
         Refit the units. What a fitted ensemble predicts in raw units stays as it is: its first and its last layer are
-        rescaled to the new ones (van Hasselt et al. 2016, PopArt). Two exceptions are for dimensions that spread more than
-        three times as far as before, of which little is known: the first layer is not rescaled for such an input (a function
-        that was steep would be wrong far away), nor is the variance of such a target. Bounds of variances get no
-        narrower in the new units, unless they are wider than they began.
+        rescaled to the new ones (van Hasselt et al. 2016, PopArt), or for what is constant now, to the one in which it last
+        varied: it may vary again. Two exceptions are for dimensions that spread more than three times as far as before, of
+        which little is known: the first layer is not rescaled for such an input (a function that was steep would be wrong far
+        away), nor is the variance of such a target. Bounds of variances get no narrower in the new units, unless they are
+        wider than they began.
 
         :param inputs: ``(n, obs_dim + action_dim)``
         :param targets: ``(n, 1 + obs_dim)``
         """
         input_mean, input_std = input_stats(inputs)
         target_mean, target_std = target_stats(targets, operands_of(inputs, targets))
+        input_unit = th.where(input_std > 0, input_std, self.input_unit)
+        target_unit = th.where(target_std > 0, target_std, self.target_unit)
         if self.is_fitted:
-            self._rescale_first_layer(input_mean, input_std)
-            self._rescale_last_layer(target_mean, target_std)
+            self._rescale_first_layer(input_mean, input_unit)
+            self._rescale_last_layer(target_mean, target_unit)
         self.input_mean.copy_(input_mean)
         self.input_std.copy_(input_std)
+        self.input_unit.copy_(input_unit)
         self.target_mean.copy_(target_mean)
         self.target_std.copy_(target_std)
+        self.target_unit.copy_(target_unit)
 
-    def _rescale_first_layer(self, mean: th.Tensor, std: th.Tensor) -> None:
+    def _rescale_first_layer(self, mean: th.Tensor, unit: th.Tensor) -> None:
         weight, bias = self.weights[0], self.biases[0]
-        # 0: what was constant has had no influence
-        factor = std / th.where(self.input_std > 0, self.input_std, th.inf)
+        # 0: what has been constant so far has had no influence
+        factor = unit / th.where(self.input_unit > 0, self.input_unit, th.inf)
         stays = factor <= MAX_FACTOR
-        bias += (standardised(mean, self.input_mean, self.input_std) * stays).to(weight)[None, None] @ weight
+        bias += (standardised(mean, self.input_mean, self.input_unit) * stays).to(weight)[None, None] @ weight
         weight *= th.where(stays, factor, 1.0).to(weight)[:, None]
 
-    def _rescale_last_layer(self, mean: th.Tensor, std: th.Tensor) -> None:
-        # Constant from now on: whatever is predicted
-        divisor = th.where(std > 0, std, th.inf)
-        factor, shift = self.target_std / divisor, (self.target_mean - mean) / divisor
+    def _rescale_last_layer(self, mean: th.Tensor, unit: th.Tensor) -> None:
+        # Constant so far: whatever is predicted
+        divisor = th.where(unit > 0, unit, th.inf)
+        factor, shift = self.target_unit / divisor, (self.target_mean - mean) / divisor
         weight, bias, n = self.weights[-1], self.biases[-1], len(factor)
         weight[:, :, :n] *= factor.to(weight)
         bias[:, :, :n] = bias[:, :, :n] * factor.to(weight) + shift.to(weight)
@@ -187,7 +197,7 @@ class Ensemble(nn.Module):
         self.min_log_var.copy_(th.minimum(self.min_log_var + log_factor, most_min))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}target_scale" in state_dict:
+        if f"{prefix}target_unit" not in state_dict:
             raise ValueError(
                 "These parameters are of an earlier version of sb3_mbpo, whose model had other units, and do not fit this "
                 "one: train again, or use the version of that day."
