@@ -228,7 +228,7 @@ class DynamicsCallback(BaseCallback):
     def _quality(self, result: FitResult) -> str:
         """How good the model is on held-out transitions, in the log and as a text; a warning if it is no good."""
         agent, (reward, changes) = self.model, result.r2.split([1, len(result.r2) - 1])
-        parts, poor = [], []
+        parts, poor, advice = [], [], []
         # Constant dimensions are known exactly
         if not changes.isnan().all():
             median, worst = changes.nanquantile(0.5).item(), int(changes.nan_to_num(nan=th.inf).argmin())
@@ -236,20 +236,26 @@ class DynamicsCallback(BaseCallback):
             self.logger.record("model/r2", median)
             self.logger.record("model/r2_worst", changes[worst].item())
             parts.append(f"of the changes {median:.2f} (worst: {name} {changes[worst].item():.2f})")
-            poor += ["the change of the observation"] if median <= 0 else []
+            if median <= 0:
+                poor.append("the change of the observation")
+                advice.append(
+                    "an observation that has all that decides on what comes next (velocities; otherwise "
+                    "`gymnasium.wrappers.FrameStackObservation`) and does not jump (sine and cosine in place of an angle)"
+                )
         if not reward.isnan() and self.model_env.reward is None:
             self.logger.record("model/reward_r2", reward.item())
             parts.append(f"of the reward {reward.item():.2f}")
-            poor += ["the reward"] if reward.item() <= 0 else []
+            if reward.item() <= 0:
+                poor.append("the reward")
+                advice.append("a `reward_fn` if the reward is known, or an observation that shows what it depends on")
         quality = f"R2 {', '.join(parts)}" if parts else "R2 unknown: nothing varies in what is held out"
         if poor and result.n_measured >= MIN_MEASURED:
             self._warn_once(
                 "r2",
                 f"The model predicts {' and '.join(poor)} no better than a constant: on {result.n_measured:,} held-out "
                 f"transitions, {quality} (1 is perfect, 0 a constant). More data may help (`learning_starts`), "
-                "more training (`model_gradient_steps`), a `reward_fn` if the reward is known, and an observation that has "
-                "all that decides on what comes next (velocities; otherwise `gymnasium.wrappers.FrameStackObservation`). "
-                "If nothing does, `real_ratio=1` learns without the model.",
+                f"more training (`model_gradient_steps`), and {'; '.join(advice)}. If nothing does, `real_ratio=1` learns "
+                "without the model.",
             )
         return quality
 

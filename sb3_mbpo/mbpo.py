@@ -131,8 +131,8 @@ class MBPO(SAC):
     :param reward_fn: Reward of transitions, with the same arguments, returns a float array of shape ``(n,)``. If None,
         the model predicts the reward. If it disagrees with more than 1 % of the real transitions, a warning says so.
     :param model_gradient_steps: Gradient steps of the model for each environment step since it was last trained (for the
-        first training, for each transition that there is), more while transitions are few: with n of them 1 + 1,000 / n times
-        as many. At most 20,000 times this number in one training. The first training makes fewer if held-out transitions
+        first training, for each transition that there is), more while transitions are few: with n of them so far 1 + 1,000 / n
+        times as many. At most 20,000 times this number in one training. The first training makes fewer if held-out transitions
         become no likelier. None: the paper's rule, on and on until no network improves on held-out transitions for five
         epochs; that takes longer the more data there are, and hardly ends where there is no noise.
     :param compile: Whether gradient updates and model training run as compiled graphs (``torch.compile``): about two and

@@ -166,9 +166,9 @@ def test_command(tmp_path):
     command += ["--every", "100", "--ways", "half a step", "--buffers", tmp_path, "--out", tmp_path / "errors.csv"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     lines = (tmp_path / "errors.csv").read_text().splitlines()
-    assert len(lines) == 3 and lines[0].split(",")[4:] == list(Errors._fields)
-    assert [line.split(",")[:5] for line in lines[1:]] == [
-        ["Pendulum-v1", "half a step", "0", "400", "700"],
-        ["Pendulum-v1", "half a step", "0", "500", "150"],
+    assert len(lines) == 3 and lines[0].split(",")[5:] == list(Errors._fields)
+    assert [line.split(",")[:6] for line in lines[1:]] == [
+        ["Pendulum-v1", "as they are", "half a step", "0", "400", "700"],
+        ["Pendulum-v1", "as they are", "half a step", "0", "500", "150"],
     ]
-    assert "| Pendulum-v1 | half a step | 0 | 425 |" in result.stdout
+    assert "| Pendulum-v1 | as they are | half a step | 0 | 425 |" in result.stdout

@@ -64,7 +64,7 @@ LIMITS = dict(
     ensemble_size=3,
     num_elites=2,
     model_train_freq=20,
-    model_gradient_steps=0.1,
+    model_gradient_steps=0.3,
     rollout_batch_size=200,
     rollout_schedule=(60, 90, 1, 3),
 )

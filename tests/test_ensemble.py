@@ -420,6 +420,8 @@ def test_fit_within_a_budget(monkeypatch):
         return loss
 
     monkeypatch.setattr(training, "train_step", watched_step)
+    # A decay of 27 / 540 = 0.05
+    monkeypatch.setattr(training, "ROWS_OF_PRIOR", 27)
     result = fit(ensemble, inputs, targets, n_steps=90)
     _, holdout = split_for_good(n)
     assert result.gradient_steps == len(seen) == 90 and result.n_measured == len(holdout) == 60
@@ -431,7 +433,7 @@ def test_fit_within_a_budget(monkeypatch):
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in states[0][0].items()}
     weights = [tensor for name, tensor in parameters.items() if name.startswith("weights.")]
     others = [tensor for name, tensor in parameters.items() if not name.startswith("weights.")]
-    groups = [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     adamw = th.optim.AdamW(groups, lr=5e-3)
     for _, x, y in states[:20]:
         adamw.zero_grad()

@@ -292,7 +292,8 @@ def test_diverging_model(compile, tmp_path):
 def test_a_model_that_knows_nothing_is_reported():
     """Noise around a mean: the change can be foreseen, as the mean comes next, the reward cannot."""
     agent = make_agent(UnpredictableEnv(), learning_starts=600, model_gradient_steps=0.5)
-    pattern = r"predicts the reward no better than a constant: on \d+ held-out transitions, .*of the reward -\d.*`reward_fn`"
+    pattern = r"predicts the reward no better than a constant: on \d+ held-out transitions, .*of the reward -\d"
+    pattern += r".*and a `reward_fn`[^;]*\. If nothing does"
     with pytest.warns(UserWarning, match=pattern) as record:
         agent.learn(700)
     assert len([each for each in record if "no better" in str(each.message)]) == 1
@@ -374,6 +375,22 @@ def test_rewards_of_any_precision(dtype):
         agent.learn(70)
         start = th.zeros(5, 2, dtype=th.float64)
         assert model_env.ModelEnv(agent, agent.get_env()).returns(start, 3).isfinite().all()
+
+
+def test_functions_get_the_precision_of_what_is_stored():
+    """Actions in float32 whatever the observations are, in model rollouts these too: a function may be a network."""
+    network, seen = th.nn.Linear(1, 1), set()
+
+    def reward_fn(obs, action, next_obs):
+        seen.add((obs.dtype.name, action.dtype.name, next_obs.dtype.name))
+        return network(th.as_tensor(action)).detach().numpy()[:, 0]
+
+    env = UnpredictableEnv()
+    env.observation_space = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*disagrees")
+        make_agent(env, reward_fn=reward_fn).learn(151)
+    assert {("float32", "float32", "float32")} <= seen and all(actions == "float32" for _, actions, _ in seen)
 
 
 class GoalOfEpisodeEnv(UnpredictableEnv):

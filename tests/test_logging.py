@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 
 from tests.agents import make_agent
@@ -73,6 +74,13 @@ def test_a_small_buffer_does_not_ask_for_more_gradient_steps():
     """Trained at 61 and at 111, on 50 transitions each time."""
     agent = make_agent(buffer_size=50).learn(112)
     assert agent.logger.name_to_value["model/gradient_steps"] == round(0.01 * 50 * (1 + 1_000 / 111))
+
+
+def test_the_budget_counts_the_steps_since_the_last_training():
+    """Three environments: trained at 63 steps, and at the first multiple of three from 113 on."""
+    agent = make_agent(make_vec_env("Pendulum-v1", n_envs=3), model_gradient_steps=0.1).learn(116)
+    assert agent.last_model_training == 114
+    assert agent.logger.name_to_value["model/gradient_steps"] == round(0.1 * 51 * (1 + 1_000 / 114))
 
 
 def test_seconds_add_up():

@@ -206,16 +206,40 @@ def test_what_was_constant_is_learned_when_it_varies():
     assert fit(ensemble, inputs, targets, 1).r2.min() > 0.6
 
 
-def test_rounding_noise_is_no_target():
+def test_what_is_constant_for_a_while_is_not_forgotten():
+    """As after loading without the replay buffer, where a good policy gets the same reward at every step."""
+    inputs, targets = system(600)
     th.manual_seed(0)
-    inputs, targets = th.randn(400, 4), th.randn(400, 4)
+    ensemble = make_ensemble(3, 1, (32, 32))
+    fit(ensemble, inputs, targets, 300)
+    before = ensemble.predict(inputs)
+    still_inputs, still_targets = inputs.clone(), targets.clone()
+    still_inputs[:, 1], still_targets[:, 0], still_targets[:, 2] = 0.5, 1.0, -2.0
+    ensemble.set_stats(still_inputs, still_targets)
+    # What varies is as it was, at the input that stays
+    elsewhere = inputs.clone()
+    elsewhere[:, 1] = 7.0
+    of_still, at_half = ensemble.predict(elsewhere)[0], th.cat([inputs[:, :1], inputs[:, 1:2] * 0 + 0.5, inputs[:, 2:]], dim=1)
+    assert (of_still[:, :, 0] == 1).all() and (of_still[:, :, 2] == -2).all()
+    ensemble.set_stats(inputs, targets)
+    for now, then in zip(ensemble.predict(inputs), before, strict=True):
+        np.testing.assert_allclose(now, then, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(of_still[:, :, [1, 3]], ensemble.predict(at_half)[0][:, :, [1, 3]], rtol=1e-3, atol=1e-4)
+
+
+def test_rounding_noise_is_no_target():
+    """Numbers that were float32 have its rounding also where other columns make a float64 tensor of them."""
+    th.manual_seed(0)
+    inputs, targets = th.randn(400, 4).double(), th.randn(400, 4).double()
     for noise in (1e-22, 1e-7):
         targets[:, 2] = noise * th.randn(400)
-        ensemble = make_ensemble(3, 1, (4,))
-        ensemble.set_stats(inputs, targets)
-        assert ensemble.varies.tolist() == [True, True, False, True]
+        for data in ([inputs.float(), targets.float()], [inputs, targets]):
+            ensemble = make_ensemble(3, 1, (4,))
+            ensemble.set_stats(*data)
+            assert ensemble.varies.tolist() == [True, True, False, True]
     # In float64, changes of 1e-7 are 500 million times its rounding
-    ensemble.set_stats(inputs.double(), targets.double())
+    inputs[:, 1] += 1e-12
+    ensemble.set_stats(inputs, targets)
     assert ensemble.varies.all()
 
 
@@ -250,6 +274,17 @@ def test_what_float32_cannot_hold():
     obs = th.rand(500, 1, dtype=th.float64)
     next_obs = th.where(th.arange(500)[:, None] % 5 == 4, obs.float().double(), obs)
     assert [lost_in_float32(obs, next_obs, share).item() for share in (0.0, 0.19, 0.25)] == [True, True, False]
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_a_swing_far_from_zero_is_lost_in_float32(size, dtype):
+    """In float32 some numbers are left of it, more than rounding makes of a constant."""
+    obs = (1e6 + size * th.sin(0.05 * th.arange(30_001).double()))[:, None].to(dtype)
+    assert lost_in_float32(obs[:-1], obs[1:]).item()
+    # Once in a while a rounding more or less
+    constant = 1e6 + 0.06 * th.randint(-1, 2, (30_001, 1), dtype=dtype)
+    assert lost_in_float32(constant[:-1], constant[1:]).item() == (dtype is th.float64)
 
 
 def test_jumps_do_not_set_the_scale():

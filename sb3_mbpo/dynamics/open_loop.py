@@ -46,10 +46,11 @@ def windows(trajectories: Sequence[Transitions], horizon: int, max_windows: int 
         starts = [starts[i * len(starts) // max_windows] for i in range(max_windows)]
     first = trajectories[0]
     n, obs_dim, action_dim = len(starts), first.obs.shape[1], first.actions.shape[1]
+    # Each in its own precision
     result = Windows(
         first.obs.new_zeros(n, horizon + 1, obs_dim),
-        first.obs.new_zeros(n, horizon, action_dim),
-        first.obs.new_zeros(n, horizon),
+        first.actions.new_zeros(n, horizon, action_dim),
+        first.rewards.new_zeros(n, horizon),
         first.obs.new_zeros(n, horizon, dtype=th.bool),
     )
     for row, (i, step) in enumerate(starts):

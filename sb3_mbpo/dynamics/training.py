@@ -335,9 +335,9 @@ def _train_within_budget(
     compiled_step: Step | None,
 ) -> tuple[float, int]:
     """
-    Gradient steps on batches that each member draws from all rows. The first training sees few rows hundreds of times: it ends
-    early where the likelihood of held-out rows gets no better, and each member gets its best weights back. Later ones end in
-    the mean of the weights of their second half.
+    Gradient steps on batches that each member draws from all rows but those held out. The first training sees few rows
+    hundreds of times: it ends early where the likelihood of held-out rows gets no better, and each member gets its best
+    weights back. Later ones end in the mean of the weights of their second half.
 
     :return: Mean loss, and the number of gradient steps
     """

@@ -9,8 +9,8 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 # and again, which leaves the scale of the rest if fewer than 1 / 5**2 = 4 % are jumps.
 MAX_DEVIATION = 5.0
 N_CLIPPINGS = 20
-# Rows that are clipped, evenly among all: a second for 300,000 of them would be too long
-MAX_CLIPPED = 10_000
+# Rows that are looked at, evenly among all, where all of them would take a second
+MAX_ROWS = 10_000
 # Roundings in the arithmetic of an environment
 ROUNDINGS = 4
 
@@ -19,9 +19,11 @@ def rounding(values: th.Tensor) -> th.Tensor:
     """
     :param values: ``(n, dim)``
     :return: By how much the largest number of each column may be off in its own precision, after some arithmetic, float64,
-        ``(dim,)``
+        ``(dim,)``. Where all are float32 numbers, as one part of a ``Dict`` may be, that is float32's.
     """
-    return ROUNDINGS * values.abs().amax(dim=0).double() * th.finfo(values.dtype).eps
+    is_float32 = (values == values.float()).all(dim=0)
+    eps = th.where(is_float32, th.finfo(th.float32).eps, th.finfo(values.dtype).eps)
+    return ROUNDINGS * values.abs().amax(dim=0).double() * eps
 
 
 def spread(values: th.Tensor, operands: th.Tensor) -> th.Tensor:
@@ -80,9 +82,7 @@ def precision(targets: th.Tensor, operands: th.Tensor) -> th.Tensor:
     :param operands: (reward, obs), ``(n, dim)``
     :return: By how much targets may be off, float64, ``(dim,)``
     """
-    # SB3's replay buffers have the reward in float32
-    of_reward = rounding(targets[:, :1].float())
-    return th.cat([of_reward, th.maximum(rounding(operands), rounding(targets))[1:]])
+    return th.maximum(rounding(operands), rounding(targets))
 
 
 def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -106,17 +106,24 @@ def target_stats(targets: th.Tensor, operands: th.Tensor) -> tuple[th.Tensor, th
     return mean, th.where(std > least, scale, 0.0)
 
 
+def some_rows(values: th.Tensor) -> th.Tensor:
+    """
+    :param values: ``(n, dim)``
+    :return: At most 10,000 of its rows, for the same n the same ones; spread evenly, in no rhythm that parallel environments
+        could have
+    """
+    if len(values) <= MAX_ROWS:
+        return values
+    share = th.arange(MAX_ROWS, device=values.device).double() * GOLDEN_RATIO % 1
+    return values[(share * len(values)).long()]
+
+
 def bulk_std(values: th.Tensor) -> th.Tensor:
     """
     :param values: ``(n, dim)``
     :return: Standard deviation of each column without its jumps, float64, ``(dim,)``
     """
-    some = values
-    if len(values) > MAX_CLIPPED:
-        # Spread evenly, in no rhythm that parallel environments could have
-        share = th.arange(MAX_CLIPPED, device=values.device).double() * GOLDEN_RATIO % 1
-        some = values[(share * len(values)).long()]
-    some = some.double()
+    some = some_rows(values).double()
     std, mean = th.std_mean(some, dim=0, correction=0)
     for _ in range(N_CLIPPINGS):
         std, mean = th.std_mean(some.clamp(mean - MAX_DEVIATION * std, mean + MAX_DEVIATION * std), dim=0, correction=0)
@@ -127,13 +134,17 @@ def bulk_std(values: th.Tensor) -> th.Tensor:
 
 def lost_in_float32(obs: th.Tensor, next_obs: th.Tensor, min_share: float = 0.0) -> th.Tensor:
     """
+    Looks at 10,000 rows at most. What varies by no more than rounding does is constant, not lost.
+
     :param obs: ``(n, obs_dim)``
     :param next_obs: ``(n, obs_dim)``
     :param min_share: Share of the rows in which a dimension must change to count
     :return: Which dimensions change, but by so little beside their values that float32 has less than ten numbers for it, bool,
         ``(obs_dim,)``
     """
+    obs, next_obs = some_rows(obs), some_rows(next_obs)
     size = (next_obs - obs).double().square().mean(dim=0).sqrt()
     one_float32 = obs.abs().amax(dim=0).double() * th.finfo(th.float32).eps
     share = (next_obs != obs).double().mean(dim=0)
-    return (share > min_share) & (size < 10 * one_float32) & (spread(obs, obs) > 0)
+    varies = (obs.amax(dim=0) - obs.amin(dim=0)).double() > rounding(obs)
+    return (share > min_share) & (size < 10 * one_float32) & varies
