@@ -15,7 +15,8 @@ import importlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -237,20 +238,25 @@ def changed(train: Train, first_too: bool = False) -> Way:
     return way
 
 
-def last_weights(
-    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
+def all_steps(
+    ensemble: Ensemble,
+    inputs: th.Tensor,
+    targets: th.Tensor,
+    rows: th.Tensor,
+    n_steps: int,
+    step: Step | None,
+    batches: Iterable[th.Tensor] | None = None,
+    average: bool = True,
 ) -> th.Tensor:
-    """The weights after the last step, not their mean."""
-    return train_on(
-        ensemble,
-        inputs,
-        targets,
-        draw_batches(rows, ensemble.n_members, n_steps),
-        n_steps,
-        step,
-        weight_decay(len(rows)),
-        NLL_BETAS,
-    )
+    """
+    Nothing ends a training before its budget.
+
+    :param batches: In place of the budget's
+    :param average: Whether trainings but the first end in the mean of the weights of their second half
+    """
+    batches = draw_batches(rows, ensemble.n_members, n_steps) if batches is None else batches
+    average = average and ensemble.is_fitted
+    return train_on(ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), NLL_BETAS, average)
 
 
 def rate_to_zero(
@@ -259,9 +265,9 @@ def rate_to_zero(
     """The learning rate falls to zero in each training, and the last weights stay."""
     group = ensemble.optimizer.param_groups[0]
     rate, losses = group["lr"], []
-    for i, batch in enumerate(draw_batches(rows, ensemble.n_members, n_steps)):
+    for i in range(n_steps):
         group["lr"] = rate * (1 - i / n_steps)
-        losses.append(train_on(ensemble, inputs, targets, [batch], 1, step, weight_decay(len(rows)), NLL_BETAS))
+        losses.append(all_steps(ensemble, inputs, targets, rows, 1, step, average=False))
     group["lr"] = rate
     return th.cat(losses)
 
@@ -278,14 +284,11 @@ def newest_more_often(
     ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
 ) -> th.Tensor:
     """A quarter of each batch is of the newest 1,000 transitions."""
-
-    def batches() -> Iterator[th.Tensor]:
-        n_new = BATCH_SIZE // 4
-        old = draw_batches(rows, ensemble.n_members, n_steps, BATCH_SIZE - n_new)
-        for parts in zip(old, draw_batches(rows[-900:], ensemble.n_members, n_steps, n_new), strict=True):
-            yield th.cat(parts, dim=1)
-
-    return train_on(ensemble, inputs, targets, batches(), n_steps, step, weight_decay(len(rows)), NLL_BETAS, average=True)
+    n_new = BATCH_SIZE // 4
+    old = draw_batches(rows, ensemble.n_members, n_steps, BATCH_SIZE - n_new)
+    new = draw_batches(rows[-900:], ensemble.n_members, n_steps, n_new)
+    batches = (th.cat(parts, dim=1) for parts in zip(old, new, strict=True))
+    return all_steps(ensemble, inputs, targets, rows, n_steps, step, batches)
 
 
 def small_batches(
@@ -294,17 +297,7 @@ def small_batches(
     """Batches of half the size, twice as many."""
     batches = draw_batches(rows, ensemble.n_members, 2 * n_steps, BATCH_SIZE // 2)
     # Not the compiled step, which is for batches of the whole size
-    return train_on(ensemble, inputs, targets, batches, 2 * n_steps, None, weight_decay(len(rows)), NLL_BETAS, average=True)
-
-
-def all_steps(
-    ensemble: Ensemble, inputs: th.Tensor, targets: th.Tensor, rows: th.Tensor, n_steps: int, step: Step
-) -> th.Tensor:
-    """Nothing ends a training before its budget."""
-    batches, is_first = draw_batches(rows, ensemble.n_members, n_steps), not ensemble.is_fitted
-    return train_on(
-        ensemble, inputs, targets, batches, n_steps, step, weight_decay(len(rows)), NLL_BETAS, average=not is_first
-    )
+    return all_steps(ensemble, inputs, targets, rows, 2 * n_steps, None, batches)
 
 
 class LayerNormEnsemble(Ensemble):
@@ -345,7 +338,7 @@ VARIANTS = {
     "rate 4e-3": Variant(rate=4e-3),
     "rate to zero": Variant(changed(rate_to_zero)),
     "Adam anew": Variant(changed(adam_anew)),
-    "last weights": Variant(changed(last_weights)),
+    "last weights": Variant(changed(partial(all_steps, average=False))),
     "newest more often": Variant(changed(newest_more_often)),
     "small batches": Variant(changed(small_batches)),
     "whole first training": Variant(changed(all_steps, first_too=True)),
