@@ -195,6 +195,10 @@ class DynamicsCallback(BaseCallback):
         update_learning_rate(agent.dynamics.optimizer, float(agent.model_learning_rate))
         n_new = agent.lifetime_timesteps - agent.last_model_training if agent.dynamics.is_fitted else len(obs)
         n_steps = budget(agent.model_gradient_steps, n_new, max(len(obs), agent.lifetime_timesteps))
+        if self.verbose >= 1 and not agent.dynamics.is_fitted:
+            # It takes the longest, and nothing else is printed meanwhile
+            until = "until no network improves" if n_steps is None else f"{n_steps:,} gradient steps or fewer"
+            print(f"First training of the model, on {len(obs):,} transitions: {until}")
         seconds = agent.seconds["model"]
         with self._timed("model", "Training the dynamics model"):
             try:

@@ -96,6 +96,8 @@ def test_stdout_and_tensorboard(tmp_path, capsys):
     agent = make_agent(CountingEnv(), verbose=1, tensorboard_log=str(tmp_path))
     agent.learn(80, log_interval=1)
     printed = capsys.readouterr().out
+    # 0.01 x 61 x (1 + 1,000 / 61)
+    assert printed.count("First training of the model, on 61 transitions: 11 gradient steps or fewer") == 1
     assert "reward_r2" in printed and "Termination of model rollouts: learned from the replay buffer" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["MBPO_1"]
 
