@@ -238,10 +238,13 @@ def rollouts(task: str, rounds: int) -> Iterator[Result]:
 
 
 def peak_gigabytes() -> float:
-    """Most memory that this process has had in use (Linux). `getrusage` would count that of the process that began it."""
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak is not None
-    return int(peak[1]) * 1024 / 1e9
+    """
+    Most memory that this process has had in use; NaN where the system is not Linux. `getrusage` would count that of the
+    process that began it.
+    """
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return float("nan") if peak is None else int(peak[1]) * 1024 / 1e9
 
 
 def whole_loop(task: str) -> list[Result]:

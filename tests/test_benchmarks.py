@@ -20,6 +20,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from benchmarks import engines, machine, suites, training
 from benchmarks.__main__ import main
 from benchmarks.results import COLUMNS, read_rows, write_rows
+from benchmarks.speed import alone, peak_gigabytes
 from benchmarks.training import Run, train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -416,6 +417,17 @@ def test_commit_is_that_of_the_package_in_use(monkeypatch):
 
 
 # --- Speed -----------------------------------------------------------------------------------------------------------
+
+
+def peak_of_a_process(_):
+    return [peak_gigabytes()]
+
+
+@pytest.mark.slow
+def test_peak_memory_is_the_process_s_own():
+    """Not that of the process that began it, which has had 800 MB more."""
+    ballast = np.ones(100_000_000)
+    assert alone(peak_of_a_process, "")[0] < peak_gigabytes() - 0.9 * ballast.nbytes / 1e9
 
 
 @pytest.mark.slow
