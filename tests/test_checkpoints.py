@@ -319,11 +319,12 @@ def test_a_model_in_other_units_is_refused(saved):
         MBPO.load(saved)
 
 
+@pytest.mark.parametrize("unknown", [["target_std", "target_unit"], ["target_unit"]])
 @pytest.mark.parametrize("exact_match", [True, False])
-def test_parameters_of_a_model_in_other_units_are_refused(exact_match, agent):
+def test_parameters_of_a_model_in_other_units_are_refused(exact_match, unknown, agent):
     parameters = deepcopy(agent.get_parameters())
-    parameters["dynamics"]["target_scale"] = parameters["dynamics"].pop("target_std")
-    del parameters["dynamics"]["target_unit"]
+    for name in unknown:
+        del parameters["dynamics"][name]
     with pytest.raises(ValueError, match="of an earlier version of sb3_mbpo, whose model had other units"):
         agent.set_parameters(parameters, exact_match=exact_match)
 

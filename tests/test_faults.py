@@ -339,6 +339,9 @@ def test_what_is_said_of_the_model(r2, n_measured, text, poor, callback):
     assert [f"predicts {poor} no better than a constant" in str(each.message) for each in record] == (
         [] if poor is None else [True]
     )
+    # What to try is for what is poor
+    for name, advice in (("the change", "FrameStackObservation"), ("the reward", "a `reward_fn`")):
+        assert [advice in str(each.message) for each in record] == ([] if poor is None else [name in poor])
     values = callback.model.logger.name_to_value
     changes = np.array(r2[1:])[~np.isnan(r2[1:])]
     if len(changes) > 0:

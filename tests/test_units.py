@@ -217,9 +217,9 @@ def test_what_is_constant_for_a_while_is_not_forgotten():
     still_inputs[:, 1], still_targets[:, 0], still_targets[:, 2] = 0.5, 1.0, -2.0
     ensemble.set_stats(still_inputs, still_targets)
     # What varies is as it was, at the input that stays
-    elsewhere = inputs.clone()
-    elsewhere[:, 1] = 7.0
-    of_still, at_half = ensemble.predict(elsewhere)[0], th.cat([inputs[:, :1], inputs[:, 1:2] * 0 + 0.5, inputs[:, 2:]], dim=1)
+    elsewhere, at_half = inputs.clone(), inputs.clone()
+    elsewhere[:, 1], at_half[:, 1] = 7.0, 0.5
+    of_still = ensemble.predict(elsewhere)[0]
     assert (of_still[:, :, 0] == 1).all() and (of_still[:, :, 2] == -2).all()
     ensemble.set_stats(inputs, targets)
     for now, then in zip(ensemble.predict(inputs), before, strict=True):
