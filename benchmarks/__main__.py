@@ -10,7 +10,7 @@ from rl_zoo3.utils import StoreDict
 
 from benchmarks import engines, report, suites
 from benchmarks.results import read_all
-from sb3_mbpo.command_line import at_least
+from sb3_mbpo.common.command_line import at_least
 
 RESULTS = Path(__file__).parent / "results"
 

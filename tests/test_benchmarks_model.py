@@ -24,7 +24,7 @@ from benchmarks.model import (
     seconds_by_size,
     seconds_of_loop,
 )
-from sb3_mbpo.buffers import real_transitions
+from sb3_mbpo.common.buffers import real_transitions
 from sb3_mbpo.dynamics.rollouts import Transitions
 from tests.agents import make_agent
 from tests.test_ensemble import linear_ensemble

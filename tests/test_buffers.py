@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo import buffers
-from sb3_mbpo.buffers import (
+from sb3_mbpo.common import buffers
+from sb3_mbpo.common.buffers import (
     MixedReplayBuffer,
     ModelReplayBuffer,
     ResidentTransitions,

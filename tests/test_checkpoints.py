@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_mbpo import MBPO, __version__
-from sb3_mbpo.checkpoints import atomic_file
+from sb3_mbpo.common.checkpoints import atomic_file
 from tests.agents import make_agent
 from tests.envs import CountingEnv
 from tests.test_save_load import assert_same_parameters
@@ -128,7 +128,7 @@ KILLED = """
 import os, signal, sys
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.utils import LinearSchedule
-from sb3_mbpo import callbacks
+from sb3_mbpo.mbpo import callbacks
 from sb3_mbpo.dynamics import training
 
 where, folder = sys.argv[1:]
@@ -152,7 +152,7 @@ if where == "model training":
     # 106 gradient steps, 50, and 20 of 36
     killing(training, "train_step", 176)
 elif where == "rollout":
-    from sb3_mbpo.buffers import ModelReplayBuffer
+    from sb3_mbpo.common.buffers import ModelReplayBuffer
     killing(ModelReplayBuffer, "extend", 3)
 elif where == "save":
     # In the middle of the zip of step 120

@@ -10,6 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.diagnostics import (
     collect,
     continued,
@@ -22,7 +23,6 @@ from sb3_mbpo.diagnostics import (
 )
 from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
-from sb3_mbpo.model_env import ModelEnv
 from tests.agents import make_agent
 from tests.envs import CountingEnv, GoalEnv, PointEnv, UnpredictableEnv
 from tests.test_ensemble import linear_ensemble

@@ -20,9 +20,10 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-from sb3_mbpo import MBPO, MultiInputPolicy, buffers
-from sb3_mbpo.spaces import dim_names, flat_dim, flatten, unflatten
-from sb3_mbpo.update import not_covered, run_updates
+from sb3_mbpo import MBPO, MultiInputPolicy
+from sb3_mbpo.common import buffers
+from sb3_mbpo.common.spaces import dim_names, flat_dim, flatten, unflatten
+from sb3_mbpo.common.update import not_covered, run_updates
 from tests.agents import SMALL
 from tests.envs import GoalEnv
 from tests.test_update import BATCH_SIZE, assert_equal, sb3_updates, state_of

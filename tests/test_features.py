@@ -34,7 +34,7 @@ from stable_baselines3.common.vec_env import (
 from torch import nn
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.buffers import real_transitions
+from sb3_mbpo.common.buffers import real_transitions
 from tests import envs
 from tests.agents import SMALL
 from tests.envs import CountingEnv, GoalEnv, PointEnv

@@ -18,10 +18,11 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mbpo import MBPO, MlpPolicy, buffers, model_env
-from sb3_mbpo.callbacks import DynamicsCallback
+from sb3_mbpo import MBPO, MlpPolicy
+from sb3_mbpo.common import buffers, model_env
 from sb3_mbpo.dynamics import open_loop, training
 from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.mbpo.callbacks import DynamicsCallback
 from tests.agents import SMALL, make_agent
 from tests.envs import CountingEnv, PointEnv
 
@@ -534,7 +535,7 @@ def test_auto_schedule(monkeypatch, events, tmp_path):
         value = th.full((horizon, 4), next(measured))
         return open_loop.OpenLoopError(list(range(horizon)), value, value, value, value, value, th.ones(4))
 
-    monkeypatch.setattr("sb3_mbpo.callbacks.LiveDiagnostics.before_training", before_training)
+    monkeypatch.setattr("sb3_mbpo.mbpo.callbacks.LiveDiagnostics.before_training", before_training)
     agent = make_agent(rollout_schedule="auto", gradient_steps=0, model_train_freq=20).learn(145)
     # Trained at 61, 81, 101, 121 and 141; 1,000 / 20 * 100 rollouts have room
     assert [size // 5_000 for kind, _, size in events if kind == "rollouts"] == [1, 2, 3, 1, 2]

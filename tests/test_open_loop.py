@@ -14,11 +14,11 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo.buffers import real_transitions, recent_trajectories
+from sb3_mbpo.common.buffers import real_transitions, recent_trajectories
+from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.diagnostics.live import LiveDiagnostics, log_open_loop_error
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop, open_loop_error, spread, windows
 from sb3_mbpo.dynamics.rollouts import Transitions
-from sb3_mbpo.model_env import ModelEnv
 from tests.agents import make_agent
 from tests.envs import CountingEnv
 from tests.test_ensemble import linear_ensemble, make_ensemble

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.callbacks import CheckpointCallback
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.callbacks import DynamicsCallback
+from sb3_mbpo.mbpo.callbacks import DynamicsCallback
 from tests.agents import make_agent
 from tests.envs import CountingEnv
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_mbpo.schedules import auto_rollout_length, check_rollout_schedule, longest_rollout, rollout_length
+from sb3_mbpo.mbpo.schedules import auto_rollout_length, check_rollout_schedule, longest_rollout, rollout_length
 
 HOPPER = (20_000, 100_000, 1, 15)
 

@@ -13,9 +13,9 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 from torch.distributions import normal
 
-from sb3_mbpo.buffers import combine
-from sb3_mbpo.compilation import compiled
-from sb3_mbpo.update import not_covered, run_updates, sac_update, try_update
+from sb3_mbpo.common.buffers import combine
+from sb3_mbpo.common.update import not_covered, run_updates, sac_update, try_update
+from sb3_mbpo.mbpo.compilation import compiled
 from tests.envs import CountingEnv
 
 LOSSES = ["train/critic_loss", "train/actor_loss", "train/ent_coef_loss", "train/ent_coef"]

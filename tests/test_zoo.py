@@ -374,7 +374,7 @@ assert exp_manager.ExperimentManager.read_hyperparameters.__module__ == "sb3_mbp
 
 def test_broken_mbpo_is_warned_of_and_left_out(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "sb3_mbpo", tmp_path / "sb3_mbpo", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "sb3_mbpo/mbpo.py").write_text("raise RuntimeError('no such luck')")
+    (tmp_path / "sb3_mbpo/mbpo/mbpo.py").write_text("raise RuntimeError('no such luck')")
     output = run("-c", AFTER_STARTUP, "rl_zoo3.train", "--help", cwd=tmp_path, path=str(tmp_path))
     assert "ppo_lstm}" in output and "mbpo}" not in output
     assert output.count("UserWarning: sb3_mbpo could not register MBPO with rl_zoo3.utils") == 1

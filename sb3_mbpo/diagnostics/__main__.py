@@ -16,9 +16,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_mbpo.buffers import n_transitions, real_transitions
-from sb3_mbpo.checkpoints import saved_attributes
-from sb3_mbpo.command_line import at_least
+from sb3_mbpo.common.buffers import n_transitions, real_transitions
+from sb3_mbpo.common.checkpoints import saved_attributes
+from sb3_mbpo.common.command_line import at_least
+from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
@@ -28,7 +29,6 @@ from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import concatenate
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.model_env import ModelEnv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 
-from sb3_mbpo.buffers import recent_trajectories
+from sb3_mbpo.common.buffers import recent_trajectories
+from sb3_mbpo.common.model_env import ModelEnv
+from sb3_mbpo.common.spaces import flat_dim
 from sb3_mbpo.diagnostics.exploitation import returns
 from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_returns, plot_values
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
 from sb3_mbpo.diagnostics.undisturbed import undisturbed
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import Transitions
-from sb3_mbpo.model_env import ModelEnv
-from sb3_mbpo.spaces import flat_dim
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure

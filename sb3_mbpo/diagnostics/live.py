@@ -8,17 +8,17 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo.buffers import normalized, recent_trajectories
+from sb3_mbpo.common.buffers import normalized, recent_trajectories
+from sb3_mbpo.common.spaces import unflatten
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
-from sb3_mbpo.spaces import unflatten
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, optimal_rollout_length, policy_shift_from_kl
 
 if TYPE_CHECKING:
     from stable_baselines3.sac.policies import Actor
 
+    from sb3_mbpo.common.model_env import ModelEnv
     from sb3_mbpo.mbpo import MBPO
-    from sb3_mbpo.model_env import ModelEnv
 
 # Steps of a rollout at which errors are logged
 LOGGED_STEPS = (1, 2, 5, 10, 20)

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch as th
 
-from sb3_mbpo.buffers import n_transitions, real_transitions
+from sb3_mbpo.common.buffers import n_transitions, real_transitions
 from sb3_mbpo.dynamics.open_loop import OpenLoopError, data_scale, open_loop_error, windows
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 
 if TYPE_CHECKING:
-    from sb3_mbpo.model_env import ModelEnv
+    from sb3_mbpo.common.model_env import ModelEnv
 
 
 class Replay(NamedTuple):

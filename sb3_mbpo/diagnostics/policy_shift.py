@@ -9,19 +9,19 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.buffers import real_transitions
+from sb3_mbpo.common.buffers import real_transitions
+from sb3_mbpo.common.spaces import flat_dim
 from sb3_mbpo.diagnostics.live import gaussian_of
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from sb3_mbpo.dynamics.training import budget, fit
 from sb3_mbpo.dynamics.units import spread
-from sb3_mbpo.spaces import flat_dim
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, policy_shift_from_kl
 
 if TYPE_CHECKING:
+    from sb3_mbpo.common.model_env import ModelEnv
     from sb3_mbpo.mbpo import MBPO
-    from sb3_mbpo.model_env import ModelEnv
 
 
 class PolicyShift(NamedTuple):

@@ -10,8 +10,8 @@ import jinja2
 import numpy as np
 
 from sb3_mbpo import __version__
-from sb3_mbpo.buffers import n_transitions
-from sb3_mbpo.checkpoints import atomic_file
+from sb3_mbpo.common.buffers import n_transitions
+from sb3_mbpo.common.checkpoints import atomic_file
 from sb3_mbpo.diagnostics import figures
 from sb3_mbpo.diagnostics.exploitation import Returns
 from sb3_mbpo.diagnostics.open_loop import Replay
@@ -19,7 +19,7 @@ from sb3_mbpo.diagnostics.policy_shift import PolicyShift
 from sb3_mbpo.diagnostics.terminations import Terminations
 from sb3_mbpo.diagnostics.values import ValueCheck
 from sb3_mbpo.dynamics.open_loop import OpenLoopError
-from sb3_mbpo.schedules import AUTO_TOLERANCE, trusted_steps
+from sb3_mbpo.mbpo.schedules import AUTO_TOLERANCE, trusted_steps
 from sb3_mbpo.theory import optimal_rollout_length
 
 if TYPE_CHECKING:

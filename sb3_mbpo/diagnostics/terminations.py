@@ -9,7 +9,7 @@ import torch as th
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 
 if TYPE_CHECKING:
-    from sb3_mbpo.model_env import ModelEnv
+    from sb3_mbpo.common.model_env import ModelEnv
 
 
 class Terminations(NamedTuple):

@@ -6,10 +6,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from sb3_mbpo.buffers import in_one_precision
+from sb3_mbpo.common.buffers import in_one_precision
+from sb3_mbpo.common.spaces import flatten, map_arrays
 from sb3_mbpo.diagnostics.undisturbed import same_exploration
 from sb3_mbpo.dynamics.rollouts import Transitions
-from sb3_mbpo.spaces import flatten, map_arrays
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO

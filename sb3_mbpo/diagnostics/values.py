@@ -7,9 +7,9 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo.buffers import normalized
+from sb3_mbpo.common.buffers import normalized
+from sb3_mbpo.common.spaces import unflatten
 from sb3_mbpo.dynamics.rollouts import Transitions
-from sb3_mbpo.spaces import unflatten
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO

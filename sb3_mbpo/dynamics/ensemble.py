@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sb3_mbpo.adam import Tensors
+from sb3_mbpo.common.adam import Tensors
 from sb3_mbpo.dynamics.units import huber, input_stats, operands_of, standardised, target_stats
 
 # Weight decay of the first, the second, the middle and the last layer (authors' release)

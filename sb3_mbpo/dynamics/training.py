@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch as th
 from torch.func import grad_and_value
 
-from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
+from sb3_mbpo.common.adam import Tensors, TrainState, adam_step, coefficients, count_steps, live_tensors
+from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.units import GOLDEN_RATIO, huber, operands_of, precision
-from sb3_mbpo.errors import DivergenceError
 
 BATCH_SIZE = 256
 # With a budget: share of the transitions that no gradient step ever sees, and on how many of them the model is measured

@@ -7,7 +7,7 @@ import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
 from gymnasium import spaces
 
-from sb3_mbpo.spaces import map_arrays, shape_of
+from sb3_mbpo.common.spaces import map_arrays, shape_of
 
 # An array (n, *shape); for a Dict space a dictionary of them
 Observations = np.ndarray | dict[str, np.ndarray]

@@ -23,11 +23,11 @@ from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecNormalize
 from torch.func import grad_and_value
 
-from sb3_mbpo.adam import Tensors, adam_step
-from sb3_mbpo.buffers import normalized, normalized_rewards
-from sb3_mbpo.model_env import ModelEnv
-from sb3_mbpo.spaces import flatten, unflatten
-from sb3_mbpo.update import (
+from sb3_mbpo.common.adam import Tensors, adam_step
+from sb3_mbpo.common.buffers import normalized, normalized_rewards
+from sb3_mbpo.common.model_env import ModelEnv
+from sb3_mbpo.common.spaces import flatten, unflatten
+from sb3_mbpo.common.update import (
     Batch,
     Networks,
     Settings,
@@ -156,7 +156,7 @@ def expanded_loss(values: th.Tensor, targets: th.Tensor, is_pair: th.Tensor) -> 
 
 def expanded_update(networks: Networks, state: State, batch: Batch, rollouts: Rollouts, settings: Settings) -> th.Tensor:
     """
-    :func:`sb3_mbpo.update.sac_update` with expanded targets, in place.
+    :func:`sb3_mbpo.common.update.sac_update` with expanded targets, in place.
 
     :param networks: Architecture
     :param state: Changed
@@ -187,7 +187,7 @@ def run_expanded_updates(
     """
     Update an agent on batches of its mixed buffer, with the rollouts of ``value_expansion_horizon`` steps.
 
-    :param agent: One for which :func:`sb3_mbpo.update.not_covered` has nothing to say
+    :param agent: One for which :func:`sb3_mbpo.common.update.not_covered` has nothing to say
     :param model_env: Its model
     :param n_updates: Number of updates
     :param batch_size: Transitions in each batch
@@ -213,9 +213,9 @@ def run_expanded_updates(
 
 def try_expanded_update(agent: "MBPO", update: ExpandedUpdate) -> None:
     """
-    As :func:`sb3_mbpo.update.try_update`, with rollouts in which there is no step.
+    As :func:`sb3_mbpo.common.update.try_update`, with rollouts in which there is no step.
 
-    :param agent: One for which :func:`sb3_mbpo.update.not_covered` has nothing to say; not changed
+    :param agent: One for which :func:`sb3_mbpo.common.update.not_covered` has nothing to say; not changed
     :param update: What :func:`expanded_update` is compiled to
     """
     horizon = agent.value_expansion_horizon

@@ -19,9 +19,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
 
-from sb3_mbpo import __version__, value_expansion
-from sb3_mbpo.arguments import check_arguments, check_sizes
-from sb3_mbpo.buffers import (
+from sb3_mbpo import __version__
+from sb3_mbpo.common.buffers import (
     MixedReplayBuffer,
     ModelReplayBuffer,
     check_finite,
@@ -29,18 +28,11 @@ from sb3_mbpo.buffers import (
     model_buffer_size,
     n_transitions,
 )
-from sb3_mbpo.callbacks import DynamicsCallback, progress_bars
-from sb3_mbpo.checkpoints import atomic_file, explained, saved_attributes
-from sb3_mbpo.compilation import compile_all, compiled, planned_updates, report_compilation
-from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.open_loop import OpenLoopError
-from sb3_mbpo.dynamics.termination import TerminationClassifier
-from sb3_mbpo.dynamics.user_functions import TransitionFn
-from sb3_mbpo.errors import DivergenceError, UnsupportedSpaceError
-from sb3_mbpo.model_env import ModelEnv
-from sb3_mbpo.schedules import longest_rollout, rollout_length
-from sb3_mbpo.spaces import check_goals, check_spaces, flat_dim
-from sb3_mbpo.update import (
+from sb3_mbpo.common.checkpoints import atomic_file, explained, saved_attributes
+from sb3_mbpo.common.errors import DivergenceError, UnsupportedSpaceError
+from sb3_mbpo.common.model_env import ModelEnv
+from sb3_mbpo.common.spaces import check_goals, check_spaces, flat_dim
+from sb3_mbpo.common.update import (
     has_finite_networks,
     networks_state,
     not_covered,
@@ -49,6 +41,15 @@ from sb3_mbpo.update import (
     run_updates,
     sac_update,
 )
+from sb3_mbpo.dynamics.ensemble import Ensemble
+from sb3_mbpo.dynamics.open_loop import OpenLoopError
+from sb3_mbpo.dynamics.termination import TerminationClassifier
+from sb3_mbpo.dynamics.user_functions import TransitionFn
+from sb3_mbpo.mbpo import value_expansion
+from sb3_mbpo.mbpo.arguments import check_arguments, check_sizes
+from sb3_mbpo.mbpo.callbacks import DynamicsCallback, progress_bars
+from sb3_mbpo.mbpo.compilation import compile_all, compiled, planned_updates, report_compilation
+from sb3_mbpo.mbpo.schedules import longest_rollout, rollout_length
 
 __all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy", "UnsupportedSpaceError"]
 
@@ -118,7 +119,7 @@ class MBPO(SAC):
         ``k_min`` at ``first_step`` to ``k_max`` at ``last_step``, in environment steps of the agent's life; ``(0, 0, k, k)``
         for a fixed k. The model buffer has room for all rollouts of 1,000 steps: for long ones (the paper tries 200 and 500)
         lower ``rollout_batch_size`` in proportion. Or "auto": as long as the model's measured error allows, from 1 to 25
-        (:func:`sb3_mbpo.schedules.auto_rollout_length`).
+        (:func:`sb3_mbpo.mbpo.schedules.auto_rollout_length`).
     :param model_retain_epochs: For how many epochs of 1,000 environment steps generated transitions are kept
     :param real_ratio: Share of real transitions in each batch, in [0, 1]. With 1 there are no model rollouts, and without
         ``value_expansion_horizon`` no model: plain SAC (the paper's "no model").

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-from sb3_mbpo import value_expansion
+from sb3_mbpo.common.update import not_covered, sac_update, try_update
 from sb3_mbpo.dynamics.training import train_step, try_step
-from sb3_mbpo.update import not_covered, sac_update, try_update
+from sb3_mbpo.mbpo import value_expansion
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO

@@ -16,9 +16,9 @@ from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN, Actor, Mult
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from sb3_mbpo.adam import Tensors, TrainState, adam_step, coefficients, count_steps, is_plain_adam, live_tensors
-from sb3_mbpo.errors import DivergenceError
-from sb3_mbpo.spaces import flat_dim, flatten
+from sb3_mbpo.common.adam import Tensors, TrainState, adam_step, coefficients, count_steps, is_plain_adam, live_tensors
+from sb3_mbpo.common.errors import DivergenceError
+from sb3_mbpo.common.spaces import flat_dim, flatten
 
 
 class Gaussian(nn.Module):

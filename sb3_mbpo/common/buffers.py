@@ -12,8 +12,8 @@ from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, Repla
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.common.spaces import arrays, flat_dim, flatten, map_arrays, unflatten
 from sb3_mbpo.dynamics.rollouts import Transitions
-from sb3_mbpo.spaces import arrays, flat_dim, flatten, map_arrays, unflatten
 
 # Rows of the model buffer that are moved at once when its capacity changes
 MOVED_AT_ONCE = 100_000

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_mbpo.errors import UnsupportedSpaceError
+from sb3_mbpo.common.errors import UnsupportedSpaceError
 
 Array = TypeVar("Array", np.ndarray, th.Tensor)
 

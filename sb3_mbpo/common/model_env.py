@@ -10,12 +10,12 @@ from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mbpo.buffers import normalized
+from sb3_mbpo.common.buffers import normalized
+from sb3_mbpo.common.spaces import dims_where, in_space, unflatten
 from sb3_mbpo.dynamics.open_loop import open_loop
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, model_step, rollout
 from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
-from sb3_mbpo.spaces import dims_where, in_space, unflatten
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO

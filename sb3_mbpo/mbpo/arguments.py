@@ -6,7 +6,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_mbpo.dynamics.user_functions import check_transition_fn
-from sb3_mbpo.schedules import check_rollout_schedule, is_whole_number
+from sb3_mbpo.mbpo.schedules import check_rollout_schedule, is_whole_number
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO

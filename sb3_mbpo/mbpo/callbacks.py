@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Progr
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo.buffers import (
+from sb3_mbpo.common.buffers import (
     ResidentTransitions,
     begins_episode,
     in_one_precision,
@@ -22,16 +22,16 @@ from sb3_mbpo.buffers import (
     n_transitions,
     relabelled,
 )
-from sb3_mbpo.compilation import compiled
+from sb3_mbpo.common.errors import DivergenceError
+from sb3_mbpo.common.model_env import ModelEnv
+from sb3_mbpo.common.spaces import arrays, dim_names
 from sb3_mbpo.diagnostics.live import LOGGED_STEPS, LiveDiagnostics
 from sb3_mbpo.dynamics.rollouts import Transitions
 from sb3_mbpo.dynamics.training import FitResult, budget, fit, train_step
 from sb3_mbpo.dynamics.units import lost_in_float32
 from sb3_mbpo.dynamics.user_functions import describe_row
-from sb3_mbpo.errors import DivergenceError
-from sb3_mbpo.model_env import ModelEnv
-from sb3_mbpo.schedules import AUTO_MAX, auto_rollout_length
-from sb3_mbpo.spaces import arrays, dim_names
+from sb3_mbpo.mbpo.compilation import compiled
+from sb3_mbpo.mbpo.schedules import AUTO_MAX, auto_rollout_length
 
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
