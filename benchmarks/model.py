@@ -35,6 +35,7 @@ from benchmarks.machine import processor
 from sb3_mbpo import MBPO
 from sb3_mbpo.common.buffers import real_transitions
 from sb3_mbpo.common.command_line import at_least
+from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Transitions
@@ -53,7 +54,6 @@ from sb3_mbpo.dynamics.training import (
     weight_decay,
 )
 from sb3_mbpo.dynamics.units import operands_of, spread
-from sb3_mbpo.mbpo.compilation import compiled
 
 # Transitions after those of a training on which it is measured, environment steps from one training to the next, and steps of
 # the longer rollouts

@@ -36,12 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import installed, processor
 from sb3_mbpo import MBPO
 from sb3_mbpo.common.buffers import ModelReplayBuffer, ResidentTransitions, model_buffer_size
+from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.common.model_env import ROLLOUTS_AT_ONCE
 from sb3_mbpo.common.update import sac_update, try_update
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import rollout
 from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_on, train_step, try_step
-from sb3_mbpo.mbpo.compilation import compiled
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "Hopper": ("Hopper-v5", {}),

@@ -176,7 +176,7 @@ def test_what_an_evaluation_is_made_with(tmp_path, monkeypatch):
         return {"updates": "not now", "model": "not now"}
 
     monkeypatch.setattr(training, "evaluate_policy", watched)
-    monkeypatch.setattr("sb3_mbpo.mbpo.mbpo.compile_all", compile_all)
+    monkeypatch.setattr("sb3_mbpo.common.model_based.compile_all", compile_all)
     threads = th.get_num_threads()
     try:
         run = make_run(tmp_path, 250, changes={**SMALL, "normalize": True})

@@ -128,7 +128,7 @@ KILLED = """
 import os, signal, sys
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.utils import LinearSchedule
-from sb3_mbpo.mbpo import callbacks
+from sb3_mbpo.common import callbacks
 from sb3_mbpo.dynamics import training
 
 where, folder = sys.argv[1:]

@@ -17,12 +17,13 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch.distributions import normal
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.common import callbacks, compilation
 from sb3_mbpo.common.buffers import MixedReplayBuffer, ModelReplayBuffer
+from sb3_mbpo.common.compilation import compiled, planned_updates
 from sb3_mbpo.common.update import optimizers
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.training import BATCH_SIZE, train_on, train_step, try_step
-from sb3_mbpo.mbpo import callbacks, compilation, mbpo
-from sb3_mbpo.mbpo.compilation import compiled, planned_updates
+from sb3_mbpo.mbpo import mbpo
 from tests.agents import make_agent
 
 
@@ -294,7 +295,7 @@ def test_whatever_stops_the_compiler_is_no_failure(error, monkeypatch, capsys):
 
 LEARN = """
 from torch._dynamo.utils import counters
-from sb3_mbpo.mbpo import compilation
+from sb3_mbpo.common import compilation
 from tests.agents import make_agent
 compilation.MIN_UPDATES_TO_COMPILE = 1
 agent = make_agent(verbose=1, gradient_steps=10).learn(61, log_interval=None)

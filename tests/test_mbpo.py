@@ -20,9 +20,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo import MBPO, MlpPolicy
 from sb3_mbpo.common import buffers, model_env
+from sb3_mbpo.common.callbacks import DynamicsCallback
 from sb3_mbpo.dynamics import open_loop, training
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.mbpo.callbacks import DynamicsCallback
+from sb3_mbpo.mbpo.callbacks import MBPOCallback
 from tests.agents import SMALL, make_agent
 from tests.envs import CountingEnv, PointEnv
 
@@ -31,7 +32,7 @@ from tests.envs import CountingEnv, PointEnv
 def events(monkeypatch):
     """Every training of the model, every model rollout's length and every call of `train`, with the step it came at."""
     events = []
-    train_model, generate, train = DynamicsCallback._train_model, DynamicsCallback._generate_rollouts, MBPO.train
+    train_model, generate, train = DynamicsCallback._train_model, MBPOCallback._generate_rollouts, MBPO.train
 
     def watched_train_model(self, transitions):
         events.append(("model", self.model.lifetime_timesteps, len(transitions.obs)))
@@ -46,7 +47,7 @@ def events(monkeypatch):
         train(self, gradient_steps, batch_size)
 
     monkeypatch.setattr(DynamicsCallback, "_train_model", watched_train_model)
-    monkeypatch.setattr(DynamicsCallback, "_generate_rollouts", watched_generate)
+    monkeypatch.setattr(MBPOCallback, "_generate_rollouts", watched_generate)
     monkeypatch.setattr(MBPO, "train", watched_train)
     return events
 
@@ -535,7 +536,7 @@ def test_auto_schedule(monkeypatch, events, tmp_path):
         value = th.full((horizon, 4), next(measured))
         return open_loop.OpenLoopError(list(range(horizon)), value, value, value, value, value, th.ones(4))
 
-    monkeypatch.setattr("sb3_mbpo.mbpo.callbacks.LiveDiagnostics.before_training", before_training)
+    monkeypatch.setattr("sb3_mbpo.common.callbacks.LiveDiagnostics.before_training", before_training)
     agent = make_agent(rollout_schedule="auto", gradient_steps=0, model_train_freq=20).learn(145)
     # Trained at 61, 81, 101, 121 and 141; 1,000 / 20 * 100 rollouts have room
     assert [size // 5_000 for kind, _, size in events if kind == "rollouts"] == [1, 2, 3, 1, 2]

@@ -12,7 +12,8 @@ import torch as th
 from stable_baselines3.common.callbacks import CheckpointCallback
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.mbpo.callbacks import DynamicsCallback
+from sb3_mbpo.common.callbacks import DynamicsCallback
+from sb3_mbpo.mbpo.callbacks import MBPOCallback
 from tests.agents import make_agent
 from tests.envs import CountingEnv
 
@@ -115,9 +116,9 @@ def test_loaded_model_keeps_generating_while_it_waits_for_data(tmp_path, monkeyp
     agent.save(tmp_path / "agent.zip")
     loaded = MBPO.load(tmp_path / "agent.zip", env=gym.make("Pendulum-v1"))
     rollouts = []
-    generate = DynamicsCallback._generate_rollouts
+    generate = MBPOCallback._generate_rollouts
     monkeypatch.setattr(
-        DynamicsCallback,
+        MBPOCallback,
         "_generate_rollouts",
         lambda self, data: (rollouts.append((self.model.num_timesteps, len(data.obs))), generate(self, data)),
     )

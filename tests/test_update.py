@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributions import normal
 
 from sb3_mbpo.common.buffers import combine
+from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.common.update import not_covered, run_updates, sac_update, try_update
-from sb3_mbpo.mbpo.compilation import compiled
 from tests.envs import CountingEnv
 
 LOSSES = ["train/critic_loss", "train/actor_loss", "train/ent_coef_loss", "train/ent_coef"]

@@ -15,13 +15,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.distributions import normal
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.common import compilation
 from sb3_mbpo.common.buffers import combine, real_transitions
+from sb3_mbpo.common.callbacks import DynamicsCallback
 from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.common.update import networks_state, not_covered
 from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.mbpo import compilation, mbpo, value_expansion
-from sb3_mbpo.mbpo.callbacks import DynamicsCallback
+from sb3_mbpo.mbpo import mbpo, value_expansion
 from sb3_mbpo.mbpo.value_expansion import expanded_loss, expanded_targets, pairs, roll_out
 from tests.agents import make_agent
 from tests.envs import CountingEnv, GoalEnv, PointEnv

@@ -18,7 +18,7 @@ from sb3_mbpo.dynamics.termination import derive_termination_fn
 from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
 
 if TYPE_CHECKING:
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 # Model rollouts that are made side by side: few enough for the processor's caches, which makes them 1.7 times as fast as
 # 100,000 at once
@@ -33,7 +33,7 @@ class ModelEnv:
     :param env: The real environment, of which the terminations are derived where they are known
     """
 
-    def __init__(self, agent: "MBPO", env: VecEnv) -> None:
+    def __init__(self, agent: "ModelBasedSAC", env: VecEnv) -> None:
         self.agent, self.env = agent, env
         space = agent.observation_space
         self.binary_dims = dims_where(space, lambda name, part: isinstance(part, spaces.MultiBinary))
@@ -76,20 +76,6 @@ class ModelEnv:
                 if len(rows) == 0:
                     break
         return rewards.cumsum(dim=1)
-
-    def fill_buffer(self, obs: th.Tensor) -> int:
-        """
-        Add ``rollout_batch_size`` rollouts of the agent's present length to its model buffer.
-
-        :param obs: In which they start, any of them with the same probability, ``(n, obs_dim)``
-        :return: How many transitions there were
-        """
-        agent, n_generated = self.agent, 0
-        start = obs[th.randint(len(obs), (agent.rollout_batch_size,), device=agent.device)].float()
-        for step in self.rollout(start, agent.rollout_length):
-            agent.model_buffer.extend(step)
-            n_generated += len(step.obs)
-        return n_generated
 
     def step(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, Transitions]:
         """

@@ -231,7 +231,7 @@ def _report(measured: Measured, out: Path) -> None:
     try:
         if agent.model_buffer.size() == 0 and agent.uses_generated_data:
             # A zip does not hold it
-            measured.model_env.fill_buffer(measured.start_states())
+            agent.fill_model_buffer(measured.model_env, measured.start_states())
         found, section = report.of_values(value_check(agent, measured.trajectories))
         findings += found
         sections.append(section)

@@ -19,7 +19,7 @@ from sb3_mbpo.dynamics.rollouts import Transitions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 # Real transitions whose values and returns are checked: some episodes, of policies that are not yet old
 N_OWN = 2_000
@@ -44,7 +44,7 @@ class DiagnosticsCallback(BaseCallback):
     :raises ValueError: if an argument is not in its range
     """
 
-    model: "MBPO"
+    model: "ModelBasedSAC"
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, opti
 if TYPE_CHECKING:
     from stable_baselines3.sac.policies import Actor
 
+    from sb3_mbpo.common.model_based import ModelBasedSAC
     from sb3_mbpo.common.model_env import ModelEnv
-    from sb3_mbpo.mbpo import MBPO
 
 # Steps of a rollout at which errors are logged
 LOGGED_STEPS = (1, 2, 5, 10, 20)
@@ -42,7 +42,7 @@ class PolicySnapshot(NamedTuple):
     vec_normalize: VecNormalize | None
 
 
-def gaussian_of(agent: "MBPO", obs: th.Tensor, policy: PolicySnapshot | None = None) -> tuple[th.Tensor, th.Tensor]:
+def gaussian_of(agent: "ModelBasedSAC", obs: th.Tensor, policy: PolicySnapshot | None = None) -> tuple[th.Tensor, th.Tensor]:
     """
     :param agent: The agent
     :param obs: Raw and flat, ``(n, obs_dim)``
@@ -67,7 +67,7 @@ class LiveDiagnostics:
     :param model_env: Its model
     """
 
-    def __init__(self, agent: "MBPO", model_env: "ModelEnv") -> None:
+    def __init__(self, agent: "ModelBasedSAC", model_env: "ModelEnv") -> None:
         self.agent, self.model_env = agent, model_env
         # Of the last training: the policy, and what the model knew of the transitions that it was trained on
         self._policy: PolicySnapshot | None = None

@@ -20,8 +20,8 @@ from sb3_mbpo.dynamics.units import spread
 from sb3_mbpo.theory import error_slope, gaussian_kl, model_error_from_nll, policy_shift_from_kl
 
 if TYPE_CHECKING:
+    from sb3_mbpo.common.model_based import ModelBasedSAC
     from sb3_mbpo.common.model_env import ModelEnv
-    from sb3_mbpo.mbpo import MBPO
 
 
 class PolicyShift(NamedTuple):
@@ -52,9 +52,9 @@ class PolicyShift(NamedTuple):
 
 
 def policy_shift(
-    agent: "MBPO",
+    agent: "ModelBasedSAC",
     data: Transitions,
-    policies: Sequence["MBPO"],
+    policies: Sequence["ModelBasedSAC"],
     env: VecEnv,
     data_sizes: Sequence[int] = (500, 1_000, 2_000),
     n_steps: int = 1_000,
@@ -105,7 +105,7 @@ def policy_shift(
     return PolicyShift(list(data_sizes), np.array(kl), np.array(shift), np.array(error).T, np.array(model_error).T)
 
 
-def _divergence(policy: "MBPO", agent: "MBPO", obs: th.Tensor) -> th.Tensor:
+def _divergence(policy: "ModelBasedSAC", agent: "ModelBasedSAC", obs: th.Tensor) -> th.Tensor:
     """Of a policy from the agent's, in each state."""
     return gaussian_kl(*(moment for each in (policy, agent) for moment in gaussian_of(each, obs)))
 
@@ -123,7 +123,7 @@ def _relative_error(model: Ensemble, inputs: th.Tensor, targets: th.Tensor, scal
     return (errors / scale)[varies].mean().item()
 
 
-def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) -> list["MBPO"]:
+def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) -> list["ModelBasedSAC"]:
     """
     Optimise the agent's policy further without new data, as the paper does for Figure 1.
 
@@ -136,7 +136,7 @@ def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) ->
     agent = model_env.agent
     assert agent.replay_buffer is not None
     if agent.model_buffer.size() == 0:
-        model_env.fill_buffer(real_transitions(agent.replay_buffer, agent.device).obs)
+        agent.fill_model_buffer(model_env, real_transitions(agent.replay_buffer, agent.device).obs)
     policies, latest = [], agent
     for _ in range(n_policies):
         latest = _copy(latest)
@@ -145,7 +145,7 @@ def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) ->
     return policies
 
 
-def _copy(agent: "MBPO") -> "MBPO":
+def _copy(agent: "ModelBasedSAC") -> "ModelBasedSAC":
     """With its own networks; what is only read is shared."""
     shared = [agent.replay_buffer, agent.model_buffer, agent.env, agent._vec_normalize_env, agent.dynamics]
     memo: dict[int, Any] = {id(each): each for each in shared if each is not None}

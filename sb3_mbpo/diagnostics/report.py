@@ -18,8 +18,7 @@ from sb3_mbpo.diagnostics.open_loop import Replay
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift
 from sb3_mbpo.diagnostics.terminations import Terminations
 from sb3_mbpo.diagnostics.values import ValueCheck
-from sb3_mbpo.dynamics.open_loop import OpenLoopError
-from sb3_mbpo.mbpo.schedules import AUTO_TOLERANCE, trusted_steps
+from sb3_mbpo.dynamics.open_loop import TOLERANCE, OpenLoopError, trusted_steps
 from sb3_mbpo.theory import optimal_rollout_length
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         verdict = "One step of the model is nearly right."
     n_measured, trusted, k = len(relative), trusted_steps(error.relative("sample_rmse").tolist()), agent.rollout_length
     if trusted == 0:
-        length = f"Even one step is off by more than {AUTO_TOLERANCE:g} standard deviations; rollouts have k = {k}."
+        length = f"Even one step is off by more than {TOLERANCE:g} standard deviations; rollouts have k = {k}."
     elif k <= trusted:
         length = f"Rollouts, k = {k}, stay within that."
     elif trusted == n_measured:
@@ -118,7 +117,7 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         ],
         f"{int(error.n_windows[0])} starts along fresh real trajectories that the model was not trained on; the recorded "
         "actions; each step an elite drawn at random and a sample from its Gaussian. R²: share of the variance of "
-        f'the change since the start. "Right": a single trajectory of the model is off by at most {AUTO_TOLERANCE:g} standard '
+        f'the change since the start. "Right": a single trajectory of the model is off by at most {TOLERANCE:g} standard '
         "deviations (root mean square of the error of the mean and the predicted std).",
         [
             as_picture(figures.plot_error(error), "Model error, predicted standard deviation and calibration by step"),

@@ -12,14 +12,14 @@ from sb3_mbpo.diagnostics.undisturbed import same_exploration
 from sb3_mbpo.dynamics.rollouts import Transitions
 
 if TYPE_CHECKING:
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 
 def _raw(vec_normalize: VecNormalize | None, obs: Any) -> Any:
     return obs if vec_normalize is None else vec_normalize.unnormalize_obs(obs)
 
 
-def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = False) -> list[Transitions]:
+def collect(agent: "ModelBasedSAC", env: VecEnv, n_steps: int, deterministic: bool = False) -> list[Transitions]:
     """
     Act in the real environment. Neither the agent nor the statistics of a ``VecNormalize`` are changed. With gSDE, an
     exploration matrix is for one step only, as in model rollouts.
@@ -50,7 +50,7 @@ def collect(agent: "MBPO", env: VecEnv, n_steps: int, deterministic: bool = Fals
 
 
 def _act(
-    agent: "MBPO", env: VecEnv, vec_normalize: VecNormalize | None, n_steps: int, deterministic: bool
+    agent: "ModelBasedSAC", env: VecEnv, vec_normalize: VecNormalize | None, n_steps: int, deterministic: bool
 ) -> list[Transitions]:
     trajectories, rows = [], []
     obs: Any = env.reset()

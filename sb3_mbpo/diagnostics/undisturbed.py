@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch as th
 
 if TYPE_CHECKING:
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 
 @contextmanager
-def same_exploration(agent: "MBPO") -> Iterator[None]:
+def same_exploration(agent: "ModelBasedSAC") -> Iterator[None]:
     """
     What gSDE explores with afterwards is what it explored with before.
 
@@ -25,7 +25,7 @@ def same_exploration(agent: "MBPO") -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(agent: "MBPO") -> Iterator[None]:
+def undisturbed(agent: "ModelBasedSAC") -> Iterator[None]:
     """
     What is drawn inside (torch's random numbers, gSDE's exploration matrices), a training outside does not notice.
 

@@ -12,7 +12,7 @@ from sb3_mbpo.common.spaces import unflatten
 from sb3_mbpo.dynamics.rollouts import Transitions
 
 if TYPE_CHECKING:
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 # Largest weight in a return of what was not seen of an episode, in whose place the critics' own value stands
 MAX_REST = 0.5
@@ -44,7 +44,7 @@ class ValueCheck(NamedTuple):
         return self.bias() / max(float(np.abs(self.returns).mean()), 1e-8)
 
 
-def q_values(agent: "MBPO", obs: Any, actions: th.Tensor) -> th.Tensor:
+def q_values(agent: "ModelBasedSAC", obs: Any, actions: th.Tensor) -> th.Tensor:
     """
     :param agent: Whose critics
     :param obs: As the critics see them, ``(n, *shape)``, or a dictionary of them
@@ -55,7 +55,7 @@ def q_values(agent: "MBPO", obs: Any, actions: th.Tensor) -> th.Tensor:
         return th.cat(agent.critic(obs, actions), dim=1).amin(dim=1)
 
 
-def value_check(agent: "MBPO", trajectories: Sequence[Transitions], max_model: int = 1_000) -> ValueCheck:
+def value_check(agent: "ModelBasedSAC", trajectories: Sequence[Transitions], max_model: int = 1_000) -> ValueCheck:
     """
     :param agent: Whose critics
     :param trajectories: Real ones of its present stochastic policy; of somewhat older policies, the returns are theirs
@@ -101,7 +101,7 @@ def value_check(agent: "MBPO", trajectories: Sequence[Transitions], max_model: i
     return ValueCheck(np.concatenate(q_real), np.concatenate(returns), q_model)
 
 
-def _value(agent: "MBPO", obs: th.Tensor, env: VecNormalize | None) -> float:
+def _value(agent: "ModelBasedSAC", obs: th.Tensor, env: VecNormalize | None) -> float:
     """Soft value of a state, with an action of the stochastic policy."""
     seen = normalized(unflatten(agent.observation_space, obs), env)
     with th.no_grad():
@@ -111,7 +111,7 @@ def _value(agent: "MBPO", obs: th.Tensor, env: VecNormalize | None) -> float:
     return float((q_values(agent, seen, action) - entropy_coefficient(agent) * log_prob).item())
 
 
-def entropy_coefficient(agent: "MBPO") -> th.Tensor:
+def entropy_coefficient(agent: "ModelBasedSAC") -> th.Tensor:
     """
     :param agent: Whose
     :return: At present
@@ -119,7 +119,7 @@ def entropy_coefficient(agent: "MBPO") -> th.Tensor:
     return agent.ent_coef_tensor if agent.log_ent_coef is None else agent.log_ent_coef.detach().exp()
 
 
-def log_density(agent: "MBPO", obs: Any, actions: th.Tensor) -> th.Tensor:
+def log_density(agent: "ModelBasedSAC", obs: Any, actions: th.Tensor) -> th.Tensor:
     """
     :param agent: Whose stochastic policy
     :param obs: As the policy sees them, ``(n, *shape)``, or a dictionary of them

@@ -1,6 +1,7 @@
 """How far the model strays from trajectories that really happened, when it follows the actions that were really taken."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch as th
@@ -9,6 +10,8 @@ from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import Reward, Transitions, predict
 from sb3_mbpo.dynamics.units import rounding, spread
 
+# Largest error of a generated state, as a share of the standard deviation of real observations, with which it is trusted
+TOLERANCE = 0.1
 # (start obs, actions, particles) -> for each step observations and rewards
 OpenLoop = Callable[[th.Tensor, th.Tensor, int], Iterator[tuple[th.Tensor, th.Tensor]]]
 
@@ -157,6 +160,14 @@ class OpenLoopError(NamedTuple):
         """
         ratio = self.rmse.square() / self.spread.square()
         return th.where(self.spread > 0, 1 - ratio, th.nan)
+
+
+def trusted_steps(errors: Sequence[float]) -> int:
+    """
+    :param errors: Of generated states after 1, 2, ... steps, as a share of the standard deviation of real observations
+    :return: How many steps come before the first error above 0.1
+    """
+    return len(list(takewhile(lambda error: error <= TOLERANCE, errors)))
 
 
 def data_scale(transitions: Transitions) -> th.Tensor:

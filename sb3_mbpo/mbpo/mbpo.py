@@ -1,37 +1,22 @@
-"""The algorithm as a user of Stable-Baselines3 meets it: constructor, training loop, saving and loading. No mathematics."""
+"""MBPO as a user of Stable-Baselines3 meets it: constructor, buffers and which updates are made. No mathematics."""
 
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from io import BufferedIOBase
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import gymnasium as gym
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC, HerReplayBuffer
-from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
 
-from sb3_mbpo import __version__
-from sb3_mbpo.common.buffers import (
-    MixedReplayBuffer,
-    ModelReplayBuffer,
-    check_finite,
-    max_transitions,
-    model_buffer_size,
-    n_transitions,
-)
-from sb3_mbpo.common.checkpoints import atomic_file, explained, saved_attributes
+from sb3_mbpo.common.buffers import MixedReplayBuffer, ModelReplayBuffer, model_buffer_size
+from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.common.errors import DivergenceError, UnsupportedSpaceError
+from sb3_mbpo.common.model_based import ModelBasedSAC
 from sb3_mbpo.common.model_env import ModelEnv
-from sb3_mbpo.common.spaces import check_goals, check_spaces, flat_dim
 from sb3_mbpo.common.update import (
     has_finite_networks,
     networks_state,
@@ -40,15 +25,12 @@ from sb3_mbpo.common.update import (
     restore_networks,
     run_updates,
     sac_update,
+    try_update,
 )
-from sb3_mbpo.dynamics.ensemble import Ensemble
-from sb3_mbpo.dynamics.open_loop import OpenLoopError
-from sb3_mbpo.dynamics.termination import TerminationClassifier
 from sb3_mbpo.dynamics.user_functions import TransitionFn
 from sb3_mbpo.mbpo import value_expansion
-from sb3_mbpo.mbpo.arguments import check_arguments, check_sizes
-from sb3_mbpo.mbpo.callbacks import DynamicsCallback, progress_bars
-from sb3_mbpo.mbpo.compilation import compile_all, compiled, planned_updates, report_compilation
+from sb3_mbpo.mbpo.arguments import check_arguments
+from sb3_mbpo.mbpo.callbacks import MBPOCallback
 from sb3_mbpo.mbpo.schedules import longest_rollout, rollout_length
 
 __all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy", "UnsupportedSpaceError"]
@@ -56,7 +38,7 @@ __all__ = ["MBPO", "MlpPolicy", "MultiInputPolicy", "UnsupportedSpaceError"]
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
 
 
-class MBPO(SAC):
+class MBPO(ModelBasedSAC):
     """
     Model-Based Policy Optimization (MBPO): SAC that learns mostly from short rollouts of an ensemble of dynamics models.
 
@@ -194,11 +176,6 @@ class MBPO(SAC):
         rollout_start: str = "replay",
         value_expansion_horizon: int = 0,
     ) -> None:
-        if env is not None:
-            env = maybe_make_env(env, verbose)
-            if not isinstance(env, gym.Env | VecEnv):
-                raise ValueError(f"`env` must be a Gymnasium environment, its id, or a VecEnv, not {env!r}")
-            check_spaces(env.observation_space, env.action_space)
         super().__init__(
             policy,
             env,
@@ -227,56 +204,35 @@ class MBPO(SAC):
             verbose=verbose,
             seed=seed,
             device=device,
+            ensemble_size=ensemble_size,
+            num_elites=num_elites,
+            model_hidden_sizes=model_hidden_sizes,
+            model_learning_rate=model_learning_rate,
+            model_train_freq=model_train_freq,
+            termination_fn=termination_fn,
+            reward_fn=reward_fn,
+            model_gradient_steps=model_gradient_steps,
+            compile=compile,
             _init_setup_model=False,
         )
-        self.ensemble_size = ensemble_size
-        self.num_elites = num_elites
-        self.model_hidden_sizes = model_hidden_sizes
-        self.model_learning_rate = model_learning_rate
-        self.model_train_freq = model_train_freq
         self.rollout_batch_size = rollout_batch_size
         self.rollout_schedule = rollout_schedule
         self.model_retain_epochs = model_retain_epochs
         self.real_ratio = real_ratio
-        self.termination_fn = termination_fn
-        self.reward_fn = reward_fn
-        self.model_gradient_steps = model_gradient_steps
-        self.compile = compile
         self.rollout_start = rollout_start
         self.value_expansion_horizon = value_expansion_horizon
 
-        # Steps of earlier calls of `learn()` whose count was reset
-        self._steps_before_reset = 0
-        # Whether it was trained in one, for whoever loads it
-        self.uses_vec_normalize = False
-        # That saved it, if it was loaded
-        self.sb3_mbpo_version = __version__
-        self.last_model_training = 0
         # Of the "auto" schedule
         self.auto_rollout_length = 1
-        # Of the model before it was last trained, on transitions that it had not been trained on
-        self.open_loop_error: OpenLoopError | None = None
         self.last_rollouts = 0
-        # Since the start of `learn()`
-        self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates", "compile"), 0.0)
         # What value expansion rolls out in
         self._model_env: ModelEnv | None = None
-        # Which of them run as compiled graphs in this `learn()`
-        self.is_compiled = dict.fromkeys(("updates", "model"), False)
 
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
-        check_arguments(self)
-        if isinstance(self.replay_buffer_class, type) and issubclass(self.replay_buffer_class, HerReplayBuffer):
-            check_goals(self.observation_space)
         super()._setup_model()
-        obs_dim, action_dim = flat_dim(self.observation_space), flat_dim(self.action_space)
-        self.dynamics = Ensemble(
-            obs_dim, action_dim, self.model_hidden_sizes, self.ensemble_size, self.num_elites, self.model_learning_rate
-        ).to(self.device)
-        self.termination_classifier = TerminationClassifier(obs_dim).to(self.device)
         self.model_buffer = self._make_model_buffer()
         if self.verbose >= 1 and self.uses_generated_data:
             room, gigabytes = len(self.model_buffer.rewards), self.model_buffer.n_bytes / 1e9
@@ -324,23 +280,6 @@ class MBPO(SAC):
         """Whether batches have generated transitions, so that there are model rollouts."""
         return self.real_ratio < 1
 
-    @property
-    def lifetime_timesteps(self) -> int:
-        """Environment steps in the agent's life: ``num_timesteps`` without the resets of ``learn()``."""
-        return self._steps_before_reset + self.num_timesteps
-
-    @property
-    def is_warmed_up(self) -> bool:
-        """
-        Whether there is enough to learn from: the random warm-up is over, and the replay buffer can fill a batch
-        (it may be empty again after loading). Hindsight experience replay needs an episode that is over, too.
-        """
-        assert self.replay_buffer is not None
-        if isinstance(self.replay_buffer, HerReplayBuffer) and not (self.replay_buffer.ep_length > 0).any():
-            return False
-        needed = min(self.learning_starts, self.batch_size, max_transitions(self.replay_buffer))
-        return self.lifetime_timesteps > self.learning_starts and n_transitions(self.replay_buffer) >= needed
-
     def learn(
         self: SelfMBPO,
         total_timesteps: int = 125_000,
@@ -363,65 +302,59 @@ class MBPO(SAC):
         :return: the trained model
         :raises ValueError: if the environment returns observations or rewards that are not finite
         """
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        callback.on_training_start(locals(), globals())
-        assert self.env is not None and isinstance(self.train_freq, TrainFreq)
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-        # SB3's loop, but for the condition to learn: SB3's compares a step count that may have been reset
-        while self.num_timesteps < total_timesteps:
-            start, model_seconds = time.perf_counter(), self.seconds["model"] + self.seconds["rollouts"]
-            # At its end, the DynamicsCallback retrains the model and generates rollouts
-            rollout = self.collect_rollouts(
-                self.env,
-                callback=callback,
-                train_freq=self.train_freq,
-                replay_buffer=self.replay_buffer,
-                action_noise=self.action_noise,
-                learning_starts=self.learning_starts - self._steps_before_reset,
-                log_interval=log_interval,
-            )
-            model_seconds = self.seconds["model"] + self.seconds["rollouts"] - model_seconds
-            self.seconds["env"] += time.perf_counter() - start - model_seconds
-            if not rollout.continue_training:
-                break
-            if self.is_warmed_up:
-                self.train(
-                    gradient_steps=self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps,
-                    batch_size=self.batch_size,
-                )
-
-        callback.on_training_end()
-        return self
-
-    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+    def check_arguments(self) -> None:
         """
-        Do gradient updates on batches of the mixed buffer.
-
-        :param gradient_steps: Number of updates, may be 0
-        :param batch_size: Transitions in each batch
-        :raises DivergenceError: (a ``ValueError``) if a weight is not finite afterwards; the agent then has the weights that
-            it had before
+        :raises ValueError: if one of MBPO's own arguments is not in its range
         """
-        if gradient_steps == 0:
-            return
-        start = time.perf_counter()
-        # Anew each time, as users may have changed the agent. Before there is a model, there is another graph.
-        is_planned = self.is_compiled["updates"] and self.expands_values == (self.value_expansion_horizon > 0)
-        is_compiled = is_planned and bool(self.compile) and not_covered(self) is None
-        self.logger.record("train/compiled", int(is_compiled))
-        try:
-            (self._train_compiled if is_compiled else self._train_as_sac)(gradient_steps, batch_size)
-        except DivergenceError as error:
-            self.log_divergence("train")
-            raise DivergenceError(
-                f"Gradient updates diverged at step {self.num_timesteps:,}: a weight of the policy is not finite. The weights "
-                "are those from before. Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
-            ) from error
-        self.seconds["updates"] += time.perf_counter() - start
+        super().check_arguments()
+        check_arguments(self)
 
-    def _train_as_sac(self, gradient_steps: int, batch_size: int) -> None:
+    def make_callback(self) -> MBPOCallback:
+        """
+        :return: What trains the model and generates rollouts, in each ``learn()``
+        """
+        return MBPOCallback(self.verbose)
+
+    def fill_model_buffer(self, model_env: ModelEnv, obs: th.Tensor) -> int:
+        """
+        Add ``rollout_batch_size`` rollouts of the present length to the model buffer.
+
+        :param model_env: The agent's model
+        :param obs: In which they start, any of them with the same probability, ``(n, obs_dim)``
+        :return: How many transitions there were
+        """
+        n_generated = 0
+        start = obs[th.randint(len(obs), (self.rollout_batch_size,), device=self.device)].float()
+        for step in model_env.rollout(start, self.rollout_length):
+            self.model_buffer.extend(step)
+            n_generated += len(step.obs)
+        return n_generated
+
+    def why_not_compiled(self) -> str | None:
+        """
+        :return: Why its updates have to run as they are, None if they can be compiled
+        """
+        return not_covered(self)
+
+    @property
+    def instead_of_compiled(self) -> str:
+        """How its updates are made where they are not compiled, for the line that says so."""
+        return "" if self.value_expansion_horizon > 0 else " (by SB3's SAC.train)"
+
+    def try_updates(self) -> None:
+        """Make the compiled updates on copies: they are compiled then."""
+        if self.value_expansion_horizon > 0:
+            value_expansion.try_expanded_update(self, compiled(value_expansion.expanded_update, self.device.type))
+        else:
+            try_update(self, self.batch_size, compiled(sac_update, self.device.type))
+
+    def _runs_compiled(self) -> bool:
+        # Before there is a model, there is another graph
+        return self.expands_values == (self.value_expansion_horizon > 0) and super()._runs_compiled()
+
+    def _train_eagerly(self, gradient_steps: int, batch_size: int) -> None:
         """``SAC.train`` on the mixed buffer; with value expansion, what differs from it in the critics' targets alone."""
         before, not_a_number = networks_state(self), None
         replay_buffer = self.replay_buffer
@@ -431,7 +364,7 @@ class MBPO(SAC):
             else:
                 # What SAC samples from
                 self.replay_buffer = self.mixed_buffer  # type: ignore[assignment]
-                super().train(gradient_steps, batch_size)
+                SAC.train(self, gradient_steps, batch_size)
         except ValueError as error:
             # Of torch's distributions, if the actor's output is not a number
             not_a_number = error
@@ -442,13 +375,6 @@ class MBPO(SAC):
             raise DivergenceError from not_a_number
         if not_a_number is not None:
             raise not_a_number
-
-    def log_divergence(self, what: str) -> None:
-        """
-        :param what: "model" or "train"
-        """
-        self.logger.record(f"{what}/diverged", 1)
-        self.dump_logs()
 
     def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
         """What ``SAC.train`` does, with all batches sampled at once and the updates compiled."""
@@ -495,161 +421,16 @@ class MBPO(SAC):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        # Attributes may have been changed, and a replay buffer may have been loaded, since they were checked
-        check_arguments(self)
-        check_sizes(self)
-        assert self.replay_buffer is not None
-        check_finite(self.replay_buffer)
-        steps = self.num_timesteps
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if reset_num_timesteps:
-            self._steps_before_reset += steps
-        self.uses_vec_normalize = self.get_vec_normalize_env() is not None
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
         # The environment may have changed
         self._model_env = None
-        if self.verbose >= 1 and self.lifetime_timesteps + result[0] - self.num_timesteps <= self.learning_starts:
-            print(
-                f"All of these steps are random: learning starts after {self.learning_starts:,} of the agent's life "
-                f"(`learning_starts`), and it will have made {self.lifetime_timesteps + result[0] - self.num_timesteps:,}"
-            )
-        start = time.perf_counter()
-        reasons = compile_all(self, planned_updates(self, result[0]))
-        self.is_compiled = {what: reasons.get(what, "") is None for what in self.is_compiled}
-        self.seconds["compile"] = time.perf_counter() - start
-        report_compilation(self, reasons)
-        return result
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if isinstance(callback, list):
-            callbacks = callback
-        else:
-            callbacks = [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
-        dynamics_callback = DynamicsCallback(self.verbose)
-        # A new list: the user may use theirs again
-        callback = super()._init_callback([dynamics_callback, *callbacks], progress_bar)
-        dynamics_callback.progress_bars = progress_bars(callback)
-        return callback
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def dump_logs(self) -> None:
         """
         Write log data.
         """
-        self.logger.record("model/compiled", int(self.is_compiled["model"]))
-        for name, seconds in self.seconds.items():
-            self.logger.record(f"time/{name}_seconds", seconds)
-        assert self.replay_buffer is not None
-        self.logger.record("model/real_buffer_size", n_transitions(self.replay_buffer))
         self.logger.record("model/model_buffer_size", self.model_buffer.size())
         super().dump_logs()
 
-    def save(
-        self,
-        path: str | Path | BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file, which appears under its name when it is
-        complete: what stops the process before leaves an older one as it was.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        :raises ValueError: if an attribute was changed to which the networks of the model were made: it could not be loaded
-        """
-        check_sizes(self)
-        self.sb3_mbpo_version = __version__
-        with atomic_file(path, "zip") if isinstance(path, str | Path) else nullcontext(path) as file:
-            super().save(file, exclude, include)  # type: ignore[arg-type]
-
-    @classmethod
-    def load(
-        cls: type[SelfMBPO],
-        path: str | Path | BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfMBPO:
-        """
-        Load the model from a zip-file.
-        Warning: ``load`` re-creates the model from scratch, it does not update it in-place!
-        For an in-place load use ``set_parameters`` instead.
-
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: the new environment to run the loaded model on
-            (can be None if you only need prediction from a trained model) has priority over any saved environment
-        :param device: Device on which the code should run.
-        :param custom_objects: Dictionary of objects to replace upon loading; what is saved under their names is not unpickled.
-        :param print_system_info: Whether to print system info from the saved model and the current system info
-        :param force_reset: Force call to ``reset()`` before training
-        :param kwargs: extra arguments to change the model when loading
-        :return: new model instance with loaded parameters
-        :raises ValueError: if the file is truncated or altered, was saved by another algorithm, or does not fit this version
-            of the package or the arguments that were changed
-        """
-        saved = saved_attributes(path)
-        with explained(str(path), saved, kwargs):
-            agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        for name in ("termination_fn", "reward_fn"):
-            # SB3 only warns of what it cannot unpickle
-            if (
-                getattr(agent, name) is None
-                and saved.get(name) is not None
-                and name not in {**kwargs, **(custom_objects or {})}
-            ):
-                raise ValueError(
-                    f"The `{name}` in {path} cannot be unpickled (see the warning; was it saved by another version of "
-                    f"Python?). Pass `custom_objects={{'{name}': ...}}` with the function, or None to do without it."
-                )
-        return agent
-
-    def save_replay_buffer(self, path: str | Path | BufferedIOBase) -> None:
-        """
-        Save the replay buffer (real transitions) as a pickle file, which appears under its name when it is complete.
-
-        :param path: Path to the file where the replay buffer should be saved.
-        """
-        with atomic_file(path, "pkl") if isinstance(path, str | Path) else nullcontext(path) as file:
-            super().save_replay_buffer(file)  # type: ignore[arg-type]
-
-    def load_replay_buffer(self, path: str | Path | BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer from a pickle file.
-
-        :param path: Path to the pickled replay buffer.
-        :param truncate_last_traj: With ``HerReplayBuffer``: whether the last trajectory in the buffer is taken for finished.
-        :raises ValueError: if the file is truncated or altered, or the buffer is of another environment
-        """
-        # Users delete it to save memory
-        before = getattr(self, "replay_buffer", None)
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)
-        except (FileNotFoundError, AssertionError):
-            self.replay_buffer = before
-            raise
-        # Which of many it is depends on where a byte is missing or wrong
-        except Exception as error:
-            self.replay_buffer = before
-            raise ValueError(f"The replay buffer {path} cannot be loaded (truncated or altered?): {error!r}") from error
-        buffer = self.replay_buffer
-        assert buffer is not None
-        for name, is_, ours in (
-            ("observation space", buffer.observation_space, self.observation_space),
-            ("action space", buffer.action_space, self.action_space),
-            ("number of parallel environments", buffer.n_envs, self.n_envs),
-        ):
-            if is_ != ours:
-                self.replay_buffer = before
-                raise ValueError(f"The replay buffer {path} has the {name} {is_}, but the agent's is {ours}")
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "model_buffer", "open_loop_error", "seconds", "is_compiled", "_model_env"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        modules = ["dynamics", "termination_classifier"]
-        return [*state_dicts, *modules, *(f"{name}.optimizer" for name in modules)], variables
+        return [*super()._excluded_save_params(), "model_buffer", "_model_env"]

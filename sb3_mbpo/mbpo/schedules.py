@@ -1,13 +1,12 @@
 """Quantities of the algorithm as functions of the number of environment steps."""
 
-import numbers
 from collections.abc import Sequence
-from itertools import takewhile
+
+from sb3_mbpo.common.arguments import is_whole_number
+from sb3_mbpo.dynamics.open_loop import trusted_steps
 
 # Longest rollouts of the "auto" schedule: the paper's longest
 AUTO_MAX = 25
-# Largest error of a generated state, as a share of the standard deviation of real observations, with which "auto" trusts it
-AUTO_TOLERANCE = 0.1
 
 
 def rollout_length(schedule: Sequence[int], step: int) -> int:
@@ -27,14 +26,6 @@ def rollout_length(schedule: Sequence[int], step: int) -> int:
         return k_max
     # Integers throughout: a float slope can miss a whole number by one rounding error
     return k_min + (step - first_step) * (k_max - k_min) // (last_step - first_step)
-
-
-def trusted_steps(errors: Sequence[float]) -> int:
-    """
-    :param errors: As of :func:`auto_rollout_length`
-    :return: How many steps come before the first error above 0.1
-    """
-    return len(list(takewhile(lambda error: error <= AUTO_TOLERANCE, errors)))
 
 
 def auto_rollout_length(errors: Sequence[float], previous: int) -> int:
@@ -58,14 +49,6 @@ def longest_rollout(schedule: Sequence[int] | str) -> int:
     :return: The longest ``k`` that there will be
     """
     return AUTO_MAX if isinstance(schedule, str) else max(schedule[2:])
-
-
-def is_whole_number(value: object) -> bool:
-    """
-    :param value: Anything
-    :return: Whether it is an integer, Python's or NumPy's, but not a bool
-    """
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_rollout_schedule(schedule: Sequence[int] | str) -> None:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-from sb3_mbpo.common.update import not_covered, sac_update, try_update
 from sb3_mbpo.dynamics.training import train_step, try_step
-from sb3_mbpo.mbpo import value_expansion
 
 if TYPE_CHECKING:
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -62,7 +60,7 @@ def why_not(attempt: Callable[[], None]) -> str | None:
     return None
 
 
-def planned_updates(agent: "MBPO", total_timesteps: int) -> float:
+def planned_updates(agent: "ModelBasedSAC", total_timesteps: int) -> float:
     """
     :param agent: Before or amid training
     :param total_timesteps: At which ``num_timesteps`` training ends
@@ -78,7 +76,7 @@ def planned_updates(agent: "MBPO", total_timesteps: int) -> float:
     return steps * agent.gradient_steps / (agent.train_freq.frequency * agent.n_envs)
 
 
-def compile_all(agent: "MBPO", n_updates: float) -> dict[str, str | None]:
+def compile_all(agent: "ModelBasedSAC", n_updates: float) -> dict[str, str | None]:
     """
     Compile now what will be used compiled: what cannot be done shows early.
 
@@ -91,20 +89,13 @@ def compile_all(agent: "MBPO", n_updates: float) -> dict[str, str | None]:
         reason = "`compile` is False"
     elif agent.compile == "auto" and n_updates < MIN_UPDATES_TO_COMPILE:
         reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
-    reasons = {"updates": reason or not_covered(agent) or why_not(lambda: _compile_updates(agent))}
+    reasons = {"updates": reason or agent.why_not_compiled() or why_not(agent.try_updates)}
     if agent.uses_model:
         reasons["model"] = reason or why_not(lambda: try_step(agent.dynamics, compiled(train_step, agent.device.type)))
     return reasons
 
 
-def _compile_updates(agent: "MBPO") -> None:
-    if agent.value_expansion_horizon > 0:
-        value_expansion.try_expanded_update(agent, compiled(value_expansion.expanded_update, agent.device.type))
-    else:
-        try_update(agent, agent.batch_size, compiled(sac_update, agent.device.type))
-
-
-def report_compilation(agent: "MBPO", reasons: dict[str, str | None]) -> None:
+def report_compilation(agent: "ModelBasedSAC", reasons: dict[str, str | None]) -> None:
     """
     Print what is compiled if the agent is verbose, and warn if the user asked for more.
 
@@ -112,16 +103,15 @@ def report_compilation(agent: "MBPO", reasons: dict[str, str | None]) -> None:
     :param reasons: From :func:`compile_all`
     """
     names = {"updates": "gradient updates", "model": "model training"}
-    instead = "" if agent.value_expansion_horizon > 0 else " (by SB3's SAC.train)"
     for reason in dict.fromkeys(reasons.values()):
         which = " and ".join(names[what] for what in reasons if reasons[what] == reason)
         if reason is None:
             message = f"Compiled: {which}, in {agent.seconds['compile']:.0f} s"
         else:
-            which = which.replace(names["updates"], names["updates"] + instead)
+            which = which.replace(names["updates"], names["updates"] + agent.instead_of_compiled)
             message = f"Not compiled: {which}, because {reason}"
             if agent.compile is True:
-                warnings.warn(message, stacklevel=4)
+                warnings.warn(message, stacklevel=6)
                 continue
         if agent.verbose >= 1:
             print(message)

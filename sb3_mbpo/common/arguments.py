@@ -1,0 +1,88 @@
+"""Whether arguments are in their ranges, and still those that the networks of the model were made with."""
+
+import numbers
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_mbpo.dynamics.user_functions import check_transition_fn
+
+if TYPE_CHECKING:
+    from sb3_mbpo.common.model_based import ModelBasedSAC
+
+
+def is_whole_number(value: object) -> bool:
+    """
+    :param value: Anything
+    :return: Whether it is an integer, Python's or NumPy's, but not a bool
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_whole(agent: object, *names: str) -> None:
+    """
+    :param agent: With the arguments as its attributes
+    :param names: Of arguments
+    :raises ValueError: if one of them is no whole number, 1 or more
+    """
+    for name in names:
+        value = getattr(agent, name)
+        if not is_whole_number(value) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number, 1 or more, not {value!r}")
+
+
+def check_number(agent: object, name: str, is_allowed: Callable[[float], bool], allowed: str) -> None:
+    """
+    :param agent: With the arguments as its attributes
+    :param name: Of an argument
+    :param is_allowed: Whether a number is in its range
+    :param allowed: The range in words
+    :raises ValueError: if it is no number, or not in its range
+    """
+    value = getattr(agent, name)
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not is_allowed(value):
+        raise ValueError(f"`{name}` must be {allowed}, not {value!r}")
+
+
+def check_arguments(agent: "ModelBasedSAC") -> None:
+    """
+    :param agent: With the arguments as its attributes
+    :raises ValueError: if one of those that are not SAC's, but of the model, is not in its range
+    """
+    check_whole(agent, "batch_size", "ensemble_size", "num_elites", "model_train_freq")
+    if agent.num_elites > agent.ensemble_size:
+        raise ValueError(
+            f"`num_elites` must not be larger than `ensemble_size` ({agent.ensemble_size}), but is {agent.num_elites}"
+        )
+    sizes = agent.model_hidden_sizes
+    if not isinstance(sizes, list | tuple) or not sizes or not all(is_whole_number(size) and size > 0 for size in sizes):
+        raise ValueError(f"`model_hidden_sizes` must be a list or tuple of whole numbers, 1 or more, not {sizes!r}")
+    check_number(agent, "model_learning_rate", lambda value: 0 < value < np.inf, "a finite number above 0")
+    if agent.model_gradient_steps is not None:
+        allowed = "a finite number above 0, or None (the paper's rule: until no network improves)"
+        check_number(agent, "model_gradient_steps", lambda value: 0 < value < np.inf, allowed)
+    if not isinstance(agent.compile, bool) and agent.compile != "auto":
+        raise ValueError(f"`compile` must be True, False or 'auto', not {agent.compile!r}")
+    assert isinstance(agent.action_space, spaces.Box)
+    for name, boolean in (("termination_fn", True), ("reward_fn", False)):
+        if getattr(agent, name) is not None:
+            check_transition_fn(getattr(agent, name), name, agent.observation_space, agent.action_space, boolean)
+
+
+def check_sizes(agent: "ModelBasedSAC") -> None:
+    """
+    :param agent: With its networks
+    :raises ValueError: if an argument was changed to which the networks of the model were made
+    """
+    hidden = [weight.shape[2] for weight in agent.dynamics.weights[:-1]]
+    members, elites = agent.dynamics.n_members, len(agent.dynamics.elites)
+    for name, size in {"ensemble_size": members, "num_elites": elites, "model_hidden_sizes": hidden}.items():
+        value = getattr(agent, name)
+        if (list(value) if name == "model_hidden_sizes" else value) != size:
+            raise ValueError(
+                f"`{name}` was changed to {value!r}, but the model was made with {size!r} and cannot be changed: make a "
+                f"new agent, or set it back to {size!r}"
+            )
