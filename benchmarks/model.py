@@ -303,7 +303,7 @@ def small_batches(
 class LayerNormEnsemble(Ensemble):
     """Layer norm, without weights, before each activation but the first."""
 
-    def _forward(
+    def layers(
         self, hidden: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor]:
         for layer, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):

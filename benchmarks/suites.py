@@ -40,6 +40,8 @@ SUITES = {
         "Pendulum-v1": Task(10_000, {}),
         "InvertedDoublePendulum-v5": Task(10_000, {}),
     },
+    # DeepMind Control; steps are decisions of the agent. Only `hyperparams/dhmbpo.yml` has settings for it.
+    "control": {"dm_control/cartpole-swingup-v0": Task(3_000, {})},
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib
 import json
 import os
 import platform
@@ -64,7 +65,12 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.env}_{self.algo}_{self.seed}"
+        return f"{self.file_name}_{self.algo}_{self.seed}"
+
+    @property
+    def file_name(self) -> str:
+        """Of its environment, in the names of files."""
+        return self.env.replace("/", "-")
 
     @property
     def table(self) -> Path:
@@ -201,7 +207,7 @@ class EvaluateAndSave(BaseCallback):
         temporary.mkdir(parents=True)
         write_rows(temporary / "rows.csv", self.rows)
         (temporary / "settings.json").write_text(json.dumps(self.settings, indent=1))
-        self.model.save(temporary / f"{self.run.env}.zip")
+        self.model.save(temporary / f"{self.run.file_name}.zip")
         if isinstance(self.model, OffPolicyAlgorithm):
             self.model.save_replay_buffer(temporary / "replay_buffer.pkl")
         if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
@@ -255,7 +261,10 @@ def make_manager(run: Run, checkpoint: Path | None) -> ExperimentManager:
     :param checkpoint: To go on from, if any
     :return: RL Zoo's, as its train script makes it
     """
-    agent = "" if checkpoint is None else str(checkpoint / f"{run.env}.zip")
+    agent = "" if checkpoint is None else str(checkpoint / f"{run.file_name}.zip")
+    if run.env.startswith("dm_control/"):
+        # It registers them
+        importlib.import_module("shimmy")
     # What is saved beside the agent
     args = argparse.Namespace(algo=run.zoo_algo, env=run.env, seed=run.seed, trained_agent=agent, hyperparams=run.changes)
     return ExperimentManager(

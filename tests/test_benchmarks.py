@@ -397,13 +397,14 @@ def test_changed_hyperparameters_have_a_name_of_their_own():
 
 
 def test_environments_of_suites_are_those_of_the_hyperparameters():
-    """So that all algorithms see what MBPO sees."""
+    """So that all algorithms see the same."""
     import yaml
 
-    hyperparams = yaml.safe_load((REPOSITORY / "hyperparams" / "mbpo.yml").read_text())
+    mbpo, dhmbpo = (yaml.safe_load((REPOSITORY / "hyperparams" / f"{algo}.yml").read_text()) for algo in ("mbpo", "dhmbpo"))
     for suite in suites.SUITES.values():
         for env, task in suite.items():
-            assert task.env_kwargs == hyperparams[env].get("env_kwargs", {})
+            assert task.env_kwargs == mbpo[env].get("env_kwargs", {}) == dhmbpo.get(env, {}).get("env_kwargs", {})
+            assert mbpo[env].get("env_wrapper") == dhmbpo.get(env, {}).get("env_wrapper")
 
 
 # --- Machine ---------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_planned_updates_of_a_second_run():
 )
 def test_when_it_is_compiled(compile, bar, expected, monkeypatch, capsys):
     """50 updates are planned."""
-    monkeypatch.setattr(compilation, "MIN_UPDATES_TO_COMPILE", bar)
+    monkeypatch.setattr(MBPO, "min_updates_to_compile", bar)
     agent = make_agent(compile=compile, verbose=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -287,7 +287,7 @@ def test_whatever_stops_the_compiler_is_no_failure(error, monkeypatch, capsys):
 
     for module in (mbpo, callbacks, compilation):
         monkeypatch.setattr(module, "compiled", lambda function, device_type: fails)
-    monkeypatch.setattr(compilation, "MIN_UPDATES_TO_COMPILE", 1)
+    monkeypatch.setattr(MBPO, "min_updates_to_compile", 1)
     agent = make_agent(verbose=1).learn(65, log_interval=1_000)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "ompiled:" in line]
     assert f"because torch.compile failed: {type(error).__name__}" in line and agent._n_updates == 5
@@ -295,9 +295,9 @@ def test_whatever_stops_the_compiler_is_no_failure(error, monkeypatch, capsys):
 
 LEARN = """
 from torch._dynamo.utils import counters
-from sb3_mbpo.common import compilation
+from sb3_mbpo import MBPO
 from tests.agents import make_agent
-compilation.MIN_UPDATES_TO_COMPILE = 1
+MBPO.min_updates_to_compile = 1
 agent = make_agent(verbose=1, gradient_steps=10).learn(61, log_interval=None)
 print("updates", agent._n_updates, agent.is_compiled, "misses", counters["inductor"]["fxgraph_cache_miss"])
 """
@@ -306,7 +306,7 @@ print("updates", agent._n_updates, agent.is_compiled, "misses", counters["induct
 @pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
 def test_compilation_switched_off(switch, monkeypatch, capsys):
     monkeypatch.setenv(switch, "1")
-    monkeypatch.setattr(compilation, "MIN_UPDATES_TO_COMPILE", 1)
+    monkeypatch.setattr(MBPO, "min_updates_to_compile", 1)
     agent = make_agent(verbose=1).learn(62, log_interval=1_000)
     assert f"because {switch} is set" in capsys.readouterr().out
     assert agent.is_compiled == {"updates": False, "model": False} and agent._n_updates == 2

@@ -42,7 +42,8 @@ from stable_baselines3.common.utils import set_random_seed
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.__main__ import parser as benchmarks_parser
 from benchmarks.suites import algorithms, runs
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.common.model_based import ModelBasedSAC
 from sb3_mbpo.diagnostics.__main__ import main as diagnostics
 from sb3_mbpo.zoo.registration import register
 from tests.test_logging import KEYS
@@ -67,6 +68,9 @@ LIMITS = dict(
     model_gradient_steps=0.3,
     rollout_batch_size=200,
     rollout_schedule=(60, 90, 1, 3),
+    train_freq=30,
+    training_horizon=2,
+    distribution_horizon=3,
 )
 NET_ARCH = [16, 16]
 
@@ -112,29 +116,34 @@ def smaller(value: Any, limit: Any) -> Any:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Agents that learn in a second, the same in each run: models as small as these deserve a warning now and then."""
-    init, learn = MBPO.__init__, MBPO.learn
     set_random_seed(0)
+    for algorithm in (MBPO, DHMBPO):
+        make_small(algorithm, monkeypatch)
+
+
+def make_small(algorithm: type[ModelBasedSAC], monkeypatch: pytest.MonkeyPatch) -> None:
+    init, learn = algorithm.__init__, algorithm.learn
 
     @functools.wraps(init)
-    def small_init(self: MBPO, *args: Any, **kwargs: Any) -> None:
+    def small_init(self: ModelBasedSAC, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(init).bind(self, *args, **kwargs)
         call.apply_defaults()
         arguments = call.arguments
-        for name, limit in LIMITS.items():
-            arguments[name] = smaller(arguments[name], limit)
+        for name in LIMITS.keys() & arguments.keys():
+            arguments[name] = smaller(arguments[name], LIMITS[name])
         arguments["policy_kwargs"] = {**(arguments["policy_kwargs"] or {}), "net_arch": NET_ARCH}
         arguments["compile"] = False
         arguments["seed"] = 0 if arguments["seed"] is None else arguments["seed"]
         init(*call.args, **call.kwargs)
 
     @functools.wraps(learn)
-    def short_learn(self: MBPO, total_timesteps: int = 125_000, *args: Any, **kwargs: Any) -> MBPO:
+    def short_learn(self: ModelBasedSAC, total_timesteps: int = 50_000, *args: Any, **kwargs: Any) -> ModelBasedSAC:
         learn(self, min(total_timesteps, MAX_STEPS), *args, **kwargs)
         assert self.dynamics.is_fitted and self._n_updates > 0
         return self
 
-    monkeypatch.setattr(MBPO, "__init__", small_init)
-    monkeypatch.setattr(MBPO, "learn", short_learn)
+    monkeypatch.setattr(algorithm, "__init__", small_init)
+    monkeypatch.setattr(algorithm, "learn", short_learn)
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------
@@ -323,14 +332,25 @@ def test_it_is_built_without_warnings(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     built = {path.relative_to(tmp_path / "html").with_suffix(".md").as_posix() for path in (tmp_path / "html").rglob("*.html")}
     assert {path.removeprefix("docs/") for path in PAGES} - {"README.md"} <= built
-    # The diagram is part of its page, so that it follows the theme's switch between light and dark
-    assert '<title id="data-flow-title">' in (tmp_path / "html/how_it_works.html").read_text()
+    # The diagrams are part of their pages, so that they follow the theme's switch between light and dark
+    for page, title in (("how_it_works", "data-flow-title"), ("dhmbpo", "dhmbpo-flow-title")):
+        assert f'<title id="{title}">' in (tmp_path / f"html/{page}.html").read_text()
 
 
-def test_the_diagram_is_a_picture_by_itself() -> None:
-    root = xml.etree.ElementTree.parse(DOCS / "_static" / "data_flow.svg").getroot()
+@pytest.mark.parametrize(
+    "file, expected",
+    [
+        (
+            "data_flow",
+            ("Environment", "replay buffer", "Ensemble", "Model rollouts", "Model buffer", "batch", "SAC", "Policy"),
+        ),
+        ("dhmbpo_flow", ("Environment", "replay buffer", "Ensemble", "Distribution rollouts", "Training rollouts", "Policy")),
+    ],
+)
+def test_the_diagram_is_a_picture_by_itself(file: str, expected: list[str]) -> None:
+    root = xml.etree.ElementTree.parse(DOCS / "_static" / f"{file}.svg").getroot()
     words = " ".join("".join(element.itertext()) for element in root if element.tag.endswith("text"))
-    for word in ("Environment", "replay buffer", "Ensemble", "Model rollouts", "Model buffer", "batch", "SAC", "Policy"):
+    for word in expected:
         assert word in words
 
 
@@ -350,13 +370,15 @@ def test_tests_that_are_named_exist() -> None:
 
 def test_keys_of_the_log() -> None:
     """All that are named are logged, and all of MBPO's own are explained."""
+    keys = r"`((?:model|train|time|open_loop|theory)/\w+)`"
     rare = {"model/reward_mismatch", "model/diverged", "train/diverged"}
     of_sac = {"train/actor_loss", "train/critic_loss", "train/ent_coef", "rollout/ep_rew_mean"}
     named = {
         key for page in PAGES for key in re.findall(r"`((?:model|train|time|rollout|open_loop|theory)/\w+)`", text_of(page))
     }
-    assert named == KEYS | rare | of_sac
-    keys = r"`((?:model|train|time|open_loop|theory)/\w+)`"
+    of_dhmbpo = {"train/alive", "train/q_low", "train/q_high"}
+    assert named == KEYS | rare | of_sac | of_dhmbpo
+    assert of_dhmbpo <= set(re.findall(keys, text_of("docs/dhmbpo.md")))
     explained = set(re.findall(keys, text_of("docs/environments.md").split("## What to watch")[1]))
     assert explained >= KEYS | rare
 

@@ -111,7 +111,8 @@ def test_wheel_contents(wheel: Path) -> None:
     version = (ROOT / "sb3_mbpo/version.txt").read_text().strip()
     assert {name.split("/")[0] for name in names} == {"sb3_mbpo", f"sb3_mbpo-{version}.dist-info", *STARTUP_FILES}
     sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("sb3_mbpo/**/*.py")}
-    data = {"sb3_mbpo/hyperparams/mbpo.yml", "sb3_mbpo/py.typed", "sb3_mbpo/version.txt", "sb3_mbpo/diagnostics/report.html"}
+    data = {f"sb3_mbpo/{name}" for name in ("py.typed", "version.txt", "diagnostics/report.html")}
+    data |= {f"sb3_mbpo/hyperparams/{algo}.yml" for algo in ("mbpo", "dhmbpo")}
     assert {name for name in names if name.startswith("sb3_mbpo/")} == sources | data
 
 
@@ -156,7 +157,7 @@ def test_install_use_uninstall(mode: str, source: Path, wheel: Path, python: Pat
     choices = [line for line in run(python, "-m", "rl_zoo3.train", "--help", cwd=tmp_path).splitlines() if "{a2c," in line]
     assert choices and all("mbpo" in line for line in choices)
     assert "mbpo" not in run(python, "-m", "rl_zoo3.train", "--help", cwd=tmp_path, SB3_MBPO_NO_ZOO="1")
-    code = "from sb3_mbpo.zoo.registration import hyperparams_file; print(hyperparams_file().read_text())"
+    code = "from sb3_mbpo.zoo.registration import hyperparams_file; print(hyperparams_file('mbpo').read_text())"
     assert run(python, "-c", code, cwd=tmp_path).strip() == (ROOT / "hyperparams/mbpo.yml").read_text().strip()
 
     if mode == "wheel":  # the other modes leave the sources where they are

@@ -55,7 +55,7 @@ def test_a_single_trajectory_counts():
     agent = make_agent(rollout_schedule="auto")
     agent.auto_rollout_length = 4
     (*_, length, _), _ = report.of_error(agent, make_error([0.06, 0.08], std=0.07))
-    assert "k = 4, go further than the model is right for; they will be shorter" in length.verdict
+    assert "k = 4, go further than the model is right for: they will be shorter" in length.verdict
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,16 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.zoo.registration import REGISTRATIONS, hyperparams_file, register
-from sb3_mbpo.zoo.samplers import convert_mbpo_params, sample_mbpo_params
+from sb3_mbpo.zoo.samplers import convert_dhmbpo_params, convert_mbpo_params, sample_dhmbpo_params, sample_mbpo_params
 from tests.envs import PointEnv
 
+ALGORITHMS = {"mbpo": MBPO, "dhmbpo": DHMBPO}
+SEARCHES = {
+    "mbpo": (sample_mbpo_params, convert_mbpo_params),
+    "dhmbpo": (sample_dhmbpo_params, convert_dhmbpo_params),
+}
 ROOT = Path(__file__).parents[1]
 ZOO = Path(rl_zoo3.exp_manager.__file__).parent
 # A script of the zoo, in an interpreter that has run the start-up line of an installed sb3_mbpo
@@ -111,9 +116,11 @@ def test_register_twice_as_once() -> None:
     reads_hyperparams = ExperimentManager.read_hyperparameters
     register()
     assert ExperimentManager.read_hyperparameters is reads_hyperparams
-    assert ALGOS["mbpo"] is MBPO
+    assert ALGOS["mbpo"] is MBPO and ALGOS["dhmbpo"] is DHMBPO
     assert HYPERPARAMS_SAMPLER["mbpo"] is sample_mbpo_params
     assert HYPERPARAMS_CONVERTER["mbpo"] is convert_mbpo_params
+    assert HYPERPARAMS_SAMPLER["dhmbpo"] is sample_dhmbpo_params
+    assert HYPERPARAMS_CONVERTER["dhmbpo"] is convert_dhmbpo_params
 
 
 def test_register_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +133,7 @@ def test_packaged_hyperparams_from_any_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     experiment = manager(tmp_path)
     hyperparams, _ = experiment.read_hyperparameters()
-    assert experiment.config == str(hyperparams_file()) and hyperparams["policy"] == "MlpPolicy"
+    assert experiment.config == str(hyperparams_file("mbpo")) and hyperparams["policy"] == "MlpPolicy"
 
 
 @pytest.mark.parametrize("env, obs_dim", [("Ant-v5", 27), ("Humanoid-v5", 45), ("Hopper-v5", 11)])
@@ -148,8 +155,10 @@ def test_env_kwargs_of_the_command_line_win(tmp_path: Path) -> None:
     assert experiment.eval_env_kwargs == only
 
 
-@pytest.mark.parametrize("env", list(yaml.safe_load(hyperparams_file().read_text())))
-def test_tuned_hyperparams_are_accepted(env: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "algo, env", [(algo, env) for algo in ALGORITHMS for env in yaml.safe_load(hyperparams_file(algo).read_text())]
+)
+def test_tuned_hyperparams_are_accepted(algo: str, env: str, tmp_path: Path) -> None:
     if env == "default":
         env = ENV_ID
     if env == "Pusher-v4" and int(version("mujoco").split(".")[0]) >= 3:
@@ -157,8 +166,15 @@ def test_tuned_hyperparams_are_accepted(env: str, tmp_path: Path) -> None:
         with pytest.raises(ImportError, match="only supported on `mujoco<3`"):
             gym.make(env)
         return
-    model, _ = manager(tmp_path, env=env, hyperparams={"buffer_size": 1_000}).setup_experiment() or (None, None)
-    assert isinstance(model, MBPO)
+    options = {}
+    if env.startswith("dm_control/"):
+        # Its settings, wrappers too, for a task that needs no further package
+        hyperparams = yaml.safe_load(hyperparams_file(algo).read_text())[env]
+        options["config"], env = str(tmp_path / "own.yml"), ENV_ID
+        Path(options["config"]).write_text(yaml.safe_dump({env: hyperparams}))
+    experiment = manager(tmp_path, algo, env, hyperparams={"buffer_size": 1_000}, **options)
+    model, _ = experiment.setup_experiment() or (None, None)
+    assert isinstance(model, ALGORITHMS[algo])
 
 
 def test_own_config_wins(tmp_path: Path) -> None:
@@ -200,44 +216,53 @@ from sb3_mbpo.zoo.registration import register; register()
 from rl_zoo3.exp_manager import ExperimentManager
 experiment = ExperimentManager(argparse.Namespace(), "mbpo", "Pendulum-v1", "logs")
 experiment.read_hyperparameters()
-assert experiment.config == {str(own_file if has_own_file else hyperparams_file())!r}, experiment.config
+assert experiment.config == {str(own_file if has_own_file else hyperparams_file("mbpo"))!r}, experiment.config
 """
     run("-c", code, cwd=tmp_path, path=os.pathsep.join([str(tmp_path), str(ROOT)]))
 
 
-def accepted_by_mbpo(hyperparams: dict[str, Any]) -> bool:
+def accepted(algo: str, hyperparams: dict[str, Any]) -> bool:
     """Whether the constructor takes these arguments, and a zip and a YAML give them back unchanged."""
-    inspect.signature(MBPO).bind("MlpPolicy", "Pendulum-v1", **hyperparams)
-    start_step, end_step, k_min, k_max = hyperparams["rollout_schedule"]
-    assert 0 <= start_step <= end_step and k_min == 1 and 1 <= k_max <= 25
-    assert int(hyperparams["batch_size"] * hyperparams["real_ratio"]) >= 1
+    inspect.signature(ALGORITHMS[algo]).bind("MlpPolicy", "Pendulum-v1", **hyperparams)
+    if algo == "mbpo":
+        start_step, end_step, k_min, k_max = hyperparams["rollout_schedule"]
+        assert 0 <= start_step <= end_step and k_min == 1 and 1 <= k_max <= 25
+        assert int(hyperparams["batch_size"] * hyperparams["real_ratio"]) >= 1
+    else:
+        assert hyperparams["gradient_steps"] / hyperparams["train_freq"] in (1, 2, 4)
     assert 0.9 < hyperparams["gamma"] < 1 and hyperparams["target_entropy"] < 0
     return bool(json.loads(json.dumps(hyperparams)) == hyperparams)
 
 
-def test_samples_are_rebuilt_from_the_trial() -> None:
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_samples_are_rebuilt_from_the_trial(algo: str) -> None:
+    sample, convert = SEARCHES[algo]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize")
     for _ in range(100):
-        sampled = sample_mbpo_params(study.ask(), n_actions=3, n_envs=1, additional_args={})
+        sampled = sample(study.ask(), n_actions=3, n_envs=1, additional_args={})
         params = study.trials[-1].params
         assert all(isinstance(value, int | float | str) for value in params.values())
-        assert convert_mbpo_params(params) == sampled
-        assert accepted_by_mbpo(sampled)
+        assert convert(params) == sampled
+        assert accepted(algo, sampled)
 
 
-def test_converter_changes_neither_trial_nor_choices() -> None:
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_converter_changes_neither_trial_nor_choices(algo: str) -> None:
+    sample, convert = SEARCHES[algo]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    sampled = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={})
+    sampled = sample(study.ask(), n_actions=1, n_envs=1, additional_args={})
     params = study.trials[0].params
     before = copy.deepcopy((params, sampled))
-    convert_mbpo_params(params)["policy_kwargs"]["net_arch"].append(1)
-    assert (params, convert_mbpo_params(params)) == before
+    convert(params)["policy_kwargs"]["net_arch"].append(1)
+    assert (params, convert(params)) == before
 
 
+@pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("end", ["low", "high"])
-def test_ends_of_the_search_space(end: str) -> None:
+def test_ends_of_the_search_space(end: str, algo: str) -> None:
+    sample, _ = SEARCHES[algo]
     study = optuna.create_study()
-    sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={})
+    sample(study.ask(), n_actions=1, n_envs=1, additional_args={})
     extreme = {
         name: choices.choices[0 if end == "low" else -1]
         if isinstance(choices, CategoricalDistribution)
@@ -245,12 +270,13 @@ def test_ends_of_the_search_space(end: str) -> None:
         for name, choices in study.trials[0].distributions.items()
     }
     study.enqueue_trial(extreme)
-    hyperparams = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args={})
+    hyperparams = sample(study.ask(), n_actions=1, n_envs=1, additional_args={})
     assert study.trials[1].params == extreme
-    assert accepted_by_mbpo(hyperparams)
-    model = MBPO("MlpPolicy", "Pendulum-v1", buffer_size=1_000, **hyperparams)
+    assert accepted(algo, hyperparams)
+    model = ALGORITHMS[algo]("MlpPolicy", "Pendulum-v1", buffer_size=1_000, **hyperparams)
     for name, value in hyperparams.items():
-        assert getattr(model, name) == value
+        own = getattr(model, name)
+        assert (own.frequency if name == "train_freq" else own) == value
 
 
 @pytest.mark.parametrize("budget", [3_000, 400_000])
@@ -267,18 +293,20 @@ def test_rollout_schedule_scales_with_the_budget(budget: int) -> None:
     assert starts.min() < 0.1 * budget and (ends - starts).min() < 0.1 * budget < 0.8 * budget < (ends - starts).max()
 
 
+@pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("her_kwargs", [{}, {"copy_info_dict": True, "n_sampled_goal": 0}])
-def test_hindsight_is_sampled_as_for_sac(her_kwargs: dict[str, Any]) -> None:
+def test_hindsight_is_sampled_as_for_sac(her_kwargs: dict[str, Any], algo: str) -> None:
+    sample, convert = SEARCHES[algo]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     additional_args = {"using_her_replay_buffer": True, "her_kwargs": her_kwargs}
-    sampled = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args=additional_args)
+    sampled = sample(study.ask(), n_actions=1, n_envs=1, additional_args=additional_args)
     params = study.trials[0].params
     her = {name: params[name] for name in ("n_sampled_goal", "goal_selection_strategy")}
     assert sampled["replay_buffer_kwargs"] == her_kwargs | her and params["n_sampled_goal"] > 0
-    converted = convert_mbpo_params(params)
+    converted = convert(params)
     assert converted.pop("replay_buffer_kwargs") == her and not set(her) & set(converted)
     without = {"using_her_replay_buffer": False, "her_kwargs": {}}
-    sampled = sample_mbpo_params(study.ask(), n_actions=1, n_envs=1, additional_args=without)
+    sampled = sample(study.ask(), n_actions=1, n_envs=1, additional_args=without)
     assert "replay_buffer_kwargs" not in sampled
 
 
@@ -356,7 +384,7 @@ def test_finder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_zoo_after_startup(tmp_path: Path) -> None:
     arguments = ("-c", AFTER_STARTUP, "rl_zoo3.train", "--help")
-    assert "ppo_lstm,mbpo}" in run(*arguments, cwd=tmp_path)
+    assert "ppo_lstm,mbpo,dhmbpo}" in run(*arguments, cwd=tmp_path)
     assert "mbpo" not in run(*arguments, cwd=tmp_path, SB3_MBPO_NO_ZOO="1")
 
 

@@ -304,7 +304,7 @@ def test_real_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     options = ["--algo", "mbpo", "--env", "Ant-v5", "-f", "logs", "--device", "cpu", "--num-threads", "1"]
     train = ["train", *options, "-n", "100", "--eval-freq", "-1", *params(**hyperparams)]
     output = run("-c", AFTER_STARTUP, "rl_zoo3.train", *train[1:], "--vec-env", "subproc", cwd=tmp_path)
-    assert f"Loading hyperparameters from: {hyperparams_file()}" in output
+    assert f"Loading hyperparameters from: {hyperparams_file('mbpo')}" in output
     assert "Termination of model rollouts: derived from the environment" in output and "R2 of the changes" in output
     run("-m", "sb3_mbpo.zoo", *train, "-i", "logs/mbpo/Ant-v5_1/Ant-v5.zip", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gymnasium import spaces
 
-from sb3_mbpo.dynamics.user_functions import check_transition_fn
+from sb3_mbpo.dynamics.user_functions import check_tensor_fn, check_transition_fn
 
 if TYPE_CHECKING:
     from sb3_mbpo.common.model_based import ModelBasedSAC
@@ -67,9 +67,12 @@ def check_arguments(agent: "ModelBasedSAC") -> None:
     if not isinstance(agent.compile, bool) and agent.compile != "auto":
         raise ValueError(f"`compile` must be True, False or 'auto', not {agent.compile!r}")
     assert isinstance(agent.action_space, spaces.Box)
-    for name, boolean in (("termination_fn", True), ("reward_fn", False)):
-        if getattr(agent, name) is not None:
-            check_transition_fn(getattr(agent, name), name, agent.observation_space, agent.action_space, boolean)
+    for name in ("termination_fn", "reward_fn"):
+        fn, is_reward = getattr(agent, name), name == "reward_fn"
+        if fn is not None and is_reward and agent.needs_gradients:
+            check_tensor_fn(fn, name, agent.observation_space, agent.action_space)
+        elif fn is not None:
+            check_transition_fn(fn, name, agent.observation_space, agent.action_space, boolean=not is_reward)
 
 
 def check_sizes(agent: "ModelBasedSAC") -> None:

@@ -20,9 +20,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # Graphs of one function in one process: each size of networks and batches has its own. torch gives up after 8.
 MAX_GRAPHS = 256
 
-# With fewer updates than these, a cold compilation takes longer than it saves
-MIN_UPDATES_TO_COMPILE = 10_000
-
 
 @functools.cache
 def compiled(function: Function, device_type: str) -> Function:
@@ -87,8 +84,8 @@ def compile_all(agent: "ModelBasedSAC", n_updates: float) -> dict[str, str | Non
     reason = None
     if not agent.compile:
         reason = "`compile` is False"
-    elif agent.compile == "auto" and n_updates < MIN_UPDATES_TO_COMPILE:
-        reason = f"{n_updates:,.0f} updates would not repay compiling, {MIN_UPDATES_TO_COMPILE:,} would"
+    elif agent.compile == "auto" and n_updates < agent.min_updates_to_compile:
+        reason = f"{n_updates:,.0f} updates would not repay compiling, {agent.min_updates_to_compile:,} would"
     reasons = {"updates": reason or agent.why_not_compiled() or why_not(agent.try_updates)}
     if agent.uses_model:
         reasons["model"] = reason or why_not(lambda: try_step(agent.dynamics, compiled(train_step, agent.device.type)))

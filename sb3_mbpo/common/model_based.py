@@ -5,20 +5,20 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import gymnasium as gym
 import torch as th
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mbpo import __version__
 from sb3_mbpo.common.arguments import check_arguments, check_sizes
-from sb3_mbpo.common.buffers import ModelReplayBuffer, check_finite, max_transitions, n_transitions
+from sb3_mbpo.common.buffers import check_finite, max_transitions, n_transitions
 from sb3_mbpo.common.callbacks import DynamicsCallback, progress_bars
 from sb3_mbpo.common.checkpoints import atomic_file, explained, saved_attributes
 from sb3_mbpo.common.compilation import compile_all, planned_updates, report_compilation
@@ -28,9 +28,19 @@ from sb3_mbpo.common.spaces import check_goals, check_spaces, flat_dim
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.open_loop import OpenLoopError
 from sb3_mbpo.dynamics.termination import TerminationClassifier
-from sb3_mbpo.dynamics.user_functions import TransitionFn
+from sb3_mbpo.dynamics.user_functions import TensorFn, TransitionFn
 
 SelfModelBasedSAC = TypeVar("SelfModelBasedSAC", bound="ModelBasedSAC")
+
+
+class GeneratedBuffer(Protocol):
+    """What the model has generated."""
+
+    def size(self) -> int:
+        """
+        :return: How many rows there are
+        """
+        ...
 
 
 class ModelBasedSAC(SAC):
@@ -41,8 +51,14 @@ class ModelBasedSAC(SAC):
     :class:`~sb3_mbpo.MBPO`.
     """
 
+    # As the package exports it
+    name: ClassVar[str]
+    # With fewer updates than these, a cold compilation takes longer than it saves
+    min_updates_to_compile: ClassVar[int]
+    # Whether gradients pass through the model, and so through `reward_fn`
+    needs_gradients: ClassVar[bool] = False
     # What was generated, for gradient updates to sample from
-    model_buffer: ModelReplayBuffer
+    model_buffer: GeneratedBuffer
 
     def __init__(
         self,
@@ -55,7 +71,7 @@ class ModelBasedSAC(SAC):
         model_learning_rate: float,
         model_train_freq: int,
         termination_fn: TransitionFn | None,
-        reward_fn: TransitionFn | None,
+        reward_fn: TransitionFn | TensorFn | None,
         model_gradient_steps: float | None,
         compile: bool | str,
         verbose: int = 0,
@@ -78,6 +94,8 @@ class ModelBasedSAC(SAC):
         self.model_gradient_steps = model_gradient_steps
         self.compile = compile
 
+        # For whoever loads it and does not know
+        self.algorithm = self.name
         # Steps of earlier calls of `learn()` whose count was reset
         self._steps_before_reset = 0
         # Whether it was trained in one, for whoever loads it
@@ -113,6 +131,11 @@ class ModelBasedSAC(SAC):
         """Whether updates depend on the model, so that it is trained."""
         return True
 
+    @property
+    def uses_generated_data(self) -> bool:
+        """Whether updates learn from what the model generates."""
+        return True
+
     def check_arguments(self) -> None:
         """
         :raises ValueError: if an argument of the algorithm's own is not in its range
@@ -125,6 +148,21 @@ class ModelBasedSAC(SAC):
         """
         return DynamicsCallback(self.verbose)
 
+    @property
+    def rollout_length(self) -> int:
+        """Steps of model rollouts at present."""
+        raise NotImplementedError
+
+    @property
+    def about_rollouts(self) -> str:
+        """What a report says of them."""
+        raise NotImplementedError
+
+    @property
+    def advice_on_long_rollouts(self) -> str:
+        """What a report says if they go further than the model is right for."""
+        raise NotImplementedError
+
     def fill_model_buffer(self, model_env: ModelEnv, obs: th.Tensor) -> int:
         """
         Add model rollouts to what gradient updates sample from.
@@ -134,6 +172,20 @@ class ModelBasedSAC(SAC):
         :return: How many transitions there were
         """
         raise NotImplementedError
+
+    def sample_generated(self, n: int) -> tuple[Any, th.Tensor]:
+        """
+        :param n: How many
+        :return: Generated observations, as the critics see them, and actions in them
+        """
+        raise NotImplementedError
+
+    def promised_values(self, obs: th.Tensor) -> th.Tensor | None:
+        """
+        :param obs: Raw and flat, ``(n, obs_dim)``
+        :return: What the actor's objective says of each of these states, ``(n,)``; None if it is the critics' value alone
+        """
+        return None
 
     def why_not_compiled(self) -> str | None:
         """
@@ -177,7 +229,24 @@ class ModelBasedSAC(SAC):
         if isinstance(self.replay_buffer, HerReplayBuffer) and not (self.replay_buffer.ep_length > 0).any():
             return False
         needed = min(self.learning_starts, self.batch_size, max_transitions(self.replay_buffer))
-        return self.lifetime_timesteps > self.learning_starts and n_transitions(self.replay_buffer) >= needed
+        return self._is_over(self.lifetime_timesteps) and n_transitions(self.replay_buffer) >= needed
+
+    def _is_over(self, lifetime_timesteps: int) -> bool:
+        """Whether that is after the random warm-up."""
+        # As in SB3
+        return lifetime_timesteps > self.learning_starts
+
+    @property
+    def can_update(self) -> bool:
+        """Whether there is what gradient updates need."""
+        return self.is_warmed_up
+
+    def updates_after(self, rollout: RolloutReturn) -> int:
+        """
+        :param rollout: The steps in the environment
+        :return: How many updates follow them
+        """
+        return self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
 
     def learn(
         self: SelfModelBasedSAC,
@@ -224,11 +293,8 @@ class ModelBasedSAC(SAC):
             self.seconds["env"] += time.perf_counter() - start - model_seconds
             if not rollout.continue_training:
                 break
-            if self.is_warmed_up:
-                self.train(
-                    gradient_steps=self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps,
-                    batch_size=self.batch_size,
-                )
+            if self.can_update:
+                self.train(gradient_steps=self.updates_after(rollout), batch_size=self.batch_size)
 
         callback.on_training_end()
         return self
@@ -244,9 +310,8 @@ class ModelBasedSAC(SAC):
         """
         if gradient_steps == 0:
             return
-        start = time.perf_counter()
+        start, rollout_seconds = time.perf_counter(), self.seconds["rollouts"]
         is_compiled = self._runs_compiled()
-        self.logger.record("train/compiled", int(is_compiled))
         try:
             (self._train_compiled if is_compiled else self._train_eagerly)(gradient_steps, batch_size)
         except DivergenceError as error:
@@ -255,7 +320,9 @@ class ModelBasedSAC(SAC):
                 f"Gradient updates diverged at step {self.num_timesteps:,}: a weight of the policy is not finite. The weights "
                 "are those from before. Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
             ) from error
-        self.seconds["updates"] += time.perf_counter() - start
+        self.logger.record("train/compiled", int(is_compiled))
+        # An algorithm may make rollouts in between
+        self.seconds["updates"] += time.perf_counter() - start - (self.seconds["rollouts"] - rollout_seconds)
 
     def log_divergence(self, what: str) -> None:
         """
@@ -283,10 +350,11 @@ class ModelBasedSAC(SAC):
             self._steps_before_reset += steps
         self.uses_vec_normalize = self.get_vec_normalize_env() is not None
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        if self.verbose >= 1 and self.lifetime_timesteps + result[0] - self.num_timesteps <= self.learning_starts:
+        lifetime_timesteps = self.lifetime_timesteps + result[0] - self.num_timesteps
+        if self.verbose >= 1 and not self._is_over(lifetime_timesteps):
             print(
                 f"All of these steps are random: learning starts after {self.learning_starts:,} of the agent's life "
-                f"(`learning_starts`), and it will have made {self.lifetime_timesteps + result[0] - self.num_timesteps:,}"
+                f"(`learning_starts`), and it will have made {lifetime_timesteps:,}"
             )
         start = time.perf_counter()
         reasons = compile_all(self, planned_updates(self, result[0]))
@@ -366,6 +434,9 @@ class ModelBasedSAC(SAC):
             of the package or the arguments that were changed
         """
         saved = saved_attributes(path)
+        # Before there was more than one, nobody wrote it down
+        if (algorithm := saved.get("algorithm", "MBPO")) != cls.name:
+            raise ValueError(f"The agent in {path} was saved by {algorithm}, not by {cls.name}: `{algorithm}.load` loads it")
         with explained(str(path), saved, kwargs):
             agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         for name in ("termination_fn", "reward_fn"):

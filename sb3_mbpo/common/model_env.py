@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch as th
@@ -11,11 +11,11 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.common.buffers import normalized
-from sb3_mbpo.common.spaces import dims_where, in_space, unflatten
+from sb3_mbpo.common.spaces import dims_where, in_space, split, unflatten
 from sb3_mbpo.dynamics.open_loop import open_loop
-from sb3_mbpo.dynamics.rollouts import Reward, Transitions, model_step, rollout
-from sb3_mbpo.dynamics.termination import derive_termination_fn
-from sb3_mbpo.dynamics.user_functions import TransitionFn, apply_transition_fn
+from sb3_mbpo.dynamics.rollouts import Reward, Termination, Transitions, model_step, rollout
+from sb3_mbpo.dynamics.termination import KnownTermination, derive_termination_fn
+from sb3_mbpo.dynamics.user_functions import TensorFn, TransitionFn, apply_transition_fn, describe_row
 
 if TYPE_CHECKING:
     from sb3_mbpo.common.model_based import ModelBasedSAC
@@ -40,7 +40,9 @@ class ModelEnv:
         is_goal_conditioned = isinstance(agent.replay_buffer, HerReplayBuffer)
         self.goal_dims = dims_where(space, lambda name, part: is_goal_conditioned and name == "desired_goal")
         # None: learned
-        self.termination_fn = agent.termination_fn or derive_termination_fn(env)
+        self.termination_fn: TransitionFn | KnownTermination | None = agent.termination_fn or derive_termination_fn(env)
+        self.termination_of_tensors = self._termination_of_tensors()
+        self.reward_of_tensors = self._reward_of_tensors() if agent.needs_gradients and agent.reward_fn is not None else None
 
     def rollout(self, start_obs: th.Tensor, length: int) -> Iterator[Transitions]:
         """
@@ -131,7 +133,37 @@ class ModelEnv:
         """
         if self.termination_fn is None:
             return self.agent.termination_classifier.predict(next_obs)
+        if isinstance(self.termination_fn, KnownTermination):
+            return self.termination_fn.of_tensors(next_obs)
         return self._apply(self.termination_fn, "termination_fn", obs, actions, next_obs, boolean=True)
+
+    def _termination_of_tensors(self) -> Termination | None:
+        """As :meth:`termination`, of one batch, and in a compiled graph; None for a user's function, which is of arrays."""
+        if self.termination_fn is None:
+            classifier = self.agent.termination_classifier
+            return lambda obs, actions, next_obs: classifier(next_obs) > 0
+        if isinstance(self.termination_fn, KnownTermination):
+            known = self.termination_fn
+            return lambda obs, actions, next_obs: known.of_tensors(next_obs)
+        return None
+
+    def _reward_of_tensors(self) -> Reward:
+        """The user's function, through which gradients pass, in a compiled graph."""
+        reward_fn, action_space = cast(TensorFn, self.agent.reward_fn), self.agent.action_space
+        assert isinstance(action_space, spaces.Box)
+        low, high = (th.as_tensor(each, device=self.agent.device).flatten() for each in (action_space.low, action_space.high))
+        shape = action_space.shape
+        # What gradients do not need is worked out here, once
+        parts = split(self.agent.observation_space)
+
+        def reward(obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
+            before, after = ({name: flat[:, dims].reshape(-1, *of) for name, dims, of in parts} for flat in (obs, next_obs))
+            action = (low + 0.5 * (actions + 1) * (high - low)).reshape(-1, *shape)
+            if "" in before:
+                return reward_fn(before[""], action, after[""])
+            return reward_fn(before, action, after)
+
+        return reward
 
     @property
     def reward(self) -> Reward | None:
@@ -140,8 +172,11 @@ class ModelEnv:
 
     def _reward(self, finite: bool) -> Reward | None:
         buffer = self.agent.replay_buffer
+        if self.agent.needs_gradients:
+            # The environment's own has none
+            return self.reward_of_tensors and partial(self._tensor_reward, finite=finite)
         if self.agent.reward_fn is not None:
-            return partial(self._apply, self.agent.reward_fn, "reward_fn", boolean=False, finite=finite)
+            return partial(self._apply, cast(TransitionFn, self.agent.reward_fn), "reward_fn", boolean=False, finite=finite)
         # What rewards take from `info`, nobody knows in a model rollout
         if isinstance(buffer, HerReplayBuffer) and not buffer.copy_info_dict:
             return partial(self._goal_reward, finite=finite)
@@ -160,6 +195,15 @@ class ModelEnv:
                 f"returned {rewards}"
             )
         return th.as_tensor(rewards, device=next_obs.device)
+
+    def _tensor_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, finite: bool) -> th.Tensor:
+        assert self.reward_of_tensors is not None
+        rewards = self.reward_of_tensors(obs.float(), actions, next_obs.float())
+        if finite and not rewards.isfinite().all():
+            row = int(rewards.isfinite().int().argmin())
+            example = describe_row(*self.as_environment(obs, actions, next_obs), row)
+            raise ValueError(f"`reward_fn` must return finite numbers, but returned {rewards[row].item()} for {example}")
+        return rewards
 
     def _apply(
         self,

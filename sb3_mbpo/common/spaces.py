@@ -141,6 +141,19 @@ def flatten(observation: Array | dict[str, Array], batch_dims: int = 1) -> Array
     return th.cat(flat, dim=-1) if isinstance(flat[0], th.Tensor) else np.concatenate(flat, axis=-1)
 
 
+def split(space: spaces.Space[Any]) -> list[tuple[str, slice, tuple[int, ...]]]:
+    """
+    :param space: A supported observation space
+    :return: For each part its name ("" if the space is no ``Dict``), where it is in a flat observation, and its shape
+    """
+    parts = _parts(space)
+    ends: list[int] = list(accumulate(map(flat_dim, parts.values())))
+    return [
+        (name, slice(start, end), shape_of(part))
+        for (name, part), start, end in zip(parts.items(), [0, *ends], ends, strict=False)
+    ]
+
+
 def unflatten(space: spaces.Space[Any], flat: Array) -> Array | dict[str, Array]:
     """
     The inverse of :func:`flatten`.
@@ -149,12 +162,7 @@ def unflatten(space: spaces.Space[Any], flat: Array) -> Array | dict[str, Array]
     :param flat: ``(n, dim)``
     :return: ``(n, *shape)``, or a dictionary of them
     """
-    parts = _parts(space)
-    ends: list[int] = list(accumulate(map(flat_dim, parts.values())))
-    observation = {
-        name: flat[:, start:end].reshape(len(flat), *shape_of(part))
-        for (name, part), start, end in zip(parts.items(), [0, *ends], ends, strict=False)
-    }
+    observation = {name: flat[:, dims].reshape(len(flat), *shape) for name, dims, shape in split(space)}
     return observation if isinstance(space, spaces.Dict) else observation[""]
 
 

@@ -185,23 +185,26 @@ def update_actor(
     return value, log_prob
 
 
-def update_ent_coef(state: State, log_prob: th.Tensor, settings: Settings) -> th.Tensor:
+def update_ent_coef(
+    ent_coef: TrainState, log_prob: th.Tensor, coefficients: th.Tensor, target_entropy: th.Tensor
+) -> th.Tensor:
     """
     One step of the entropy coefficient's logarithm, in place, towards the target entropy.
 
-    :param state: Its entropy coefficient is changed
-    :param log_prob: Logarithm of the density of the actor's actions, ``(batch, 1)``
-    :param settings: Adam's coefficients and the target entropy
+    :param ent_coef: ``log_ent_coef``, which is changed; without moments if the coefficient is fixed
+    :param log_prob: Logarithm of the density of the actor's actions, any shape
+    :param coefficients: Adam's, ``(7,)``
+    :param target_entropy: Scalar
     :return: Loss, a scalar; 0 if the coefficient is fixed
     """
-    if not state.ent_coef.first:
-        return th.zeros_like(settings.tau)
+    if not ent_coef.first:
+        return th.zeros_like(target_entropy)
 
     def loss(parameters: Tensors) -> th.Tensor:
-        return -(parameters["log_ent_coef"] * (log_prob + settings.target_entropy)).mean()
+        return -(parameters["log_ent_coef"] * (log_prob + target_entropy)).mean()
 
-    gradients, value = grad_and_value(loss)(state.ent_coef.parameters)
-    adam_step(state.ent_coef, gradients, settings.ent_coef)
+    gradients, value = grad_and_value(loss)(ent_coef.parameters)
+    adam_step(ent_coef, gradients, coefficients)
     return value
 
 
@@ -237,7 +240,7 @@ def sac_update(
     ent_coef = state.ent_coef.parameters["ent_coef"] if is_fixed else state.ent_coef.parameters["log_ent_coef"].exp()
     critic_loss = update_critic(networks, state, batch, ent_coef, settings)
     actor_loss, log_prob = update_actor(networks, state, batch, ent_coef, settings)
-    ent_coef_loss = update_ent_coef(state, log_prob, settings)
+    ent_coef_loss = update_ent_coef(state.ent_coef, log_prob, settings.ent_coef, settings.target_entropy)
     update_target(state, settings.tau)
     return th.stack([critic_loss, actor_loss, ent_coef_loss, ent_coef.squeeze()])
 

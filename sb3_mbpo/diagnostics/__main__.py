@@ -16,6 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+import sb3_mbpo
 from sb3_mbpo.common.buffers import n_transitions, real_transitions
 from sb3_mbpo.common.checkpoints import saved_attributes
 from sb3_mbpo.common.command_line import at_least
@@ -28,10 +29,11 @@ from sb3_mbpo.diagnostics.terminations import terminations
 from sb3_mbpo.diagnostics.trajectories import collect
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import concatenate
-from sb3_mbpo.mbpo import MBPO
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 
 # Makes --seed 0 another seed than an agent's 0
@@ -70,6 +72,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def load(path: str, env: VecEnv) -> "ModelBasedSAC":
+    """
+    :param path: Zip of an agent
+    :param env: Its environment
+    :return: The agent, of the algorithm that saved it
+    """
+    algorithm = saved_attributes(path).get("algorithm", "MBPO")
+    agent: ModelBasedSAC = getattr(sb3_mbpo, algorithm).load(path, env=env, verbose=0)
+    return agent
+
+
 class Measured:
     """What the commands measure, each once, on the same trajectories."""
 
@@ -87,14 +100,14 @@ class Measured:
             )
         # A replay buffer has a column for each environment of the training
         self.env, n_envs = self._make_env(), saved_attributes(arguments.agent).get("n_envs", 1)
-        self.agent = MBPO.load(arguments.agent, env=self.env if n_envs == 1 else self._make_env(n_envs), verbose=0)
+        self.agent = load(arguments.agent, self.env if n_envs == 1 else self._make_env(n_envs))
         if not self.agent.dynamics.is_fitted:
             raise ValueError(f"The model of {arguments.agent} has not been trained yet")
         if self.agent.uses_vec_normalize and arguments.vec_normalize is None:
             raise ValueError(f"{arguments.agent} was trained in VecNormalize: pass its statistics with --vec-normalize")
         if arguments.replay_buffer is not None:
             self.agent.load_replay_buffer(arguments.replay_buffer)
-        self.later = [MBPO.load(path, env=self.env, verbose=0) for path in arguments.later]
+        self.later = [load(path, self.env) for path in arguments.later]
         # Each agent that is loaded seeds everything with its own seed. With another one, no episode begins as one did that the
         # model was trained on.
         seed = int(np.random.SeedSequence([*SEED_OF_DIAGNOSTICS, arguments.seed]).generate_state(1)[0])

@@ -129,6 +129,9 @@ class DiagnosticsCallback(BaseCallback):
             if len(values) > 0:
                 self.logger.record(f"diagnostics/{name}", float(values.mean()))
         self.logger.record("diagnostics/q_bias", check.bias())
+        if len(check.promised) > 0:
+            self.logger.record("diagnostics/promised", float(check.promised.mean()))
+            self.logger.record("diagnostics/gained", float(check.gained.mean()))
         self._show("values", plot_values(check))
 
     def _measure_returns(self, trajectories: list[Transitions]) -> None:

@@ -24,7 +24,7 @@ from sb3_mbpo.theory import optimal_rollout_length
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sb3_mbpo.mbpo import MBPO
+    from sb3_mbpo.common.model_based import ModelBasedSAC
 
 
 class Finding(NamedTuple):
@@ -62,7 +62,7 @@ def as_picture(figure: "Figure", alt: str) -> Picture:
     return Picture(alt, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
 
 
-def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Section]:
+def of_error(agent: "ModelBasedSAC", error: OpenLoopError) -> tuple[list[Finding], Section]:
     """
     :param agent: Whose model
     :param error: By step of a rollout
@@ -85,10 +85,8 @@ def of_error(agent: "MBPO", error: OpenLoopError) -> tuple[list[Finding], Sectio
         length = f"Rollouts, k = {k}, stay within that."
     elif trusted == n_measured:
         length = f"Rollouts, k = {k}, are longer than what was measured, {n_measured} steps (`--horizon`)."
-    elif agent.rollout_schedule == "auto":
-        length = f"Rollouts, k = {k}, go further than the model is right for; they will be shorter from its next training on."
     else:
-        length = f"Rollouts, k = {k}, go further than the model is right for: shorten `rollout_schedule`."
+        length = f"Rollouts, k = {k}, go further than the model is right for: {agent.advice_on_long_rollouts}."
     n_right = f"{trusted}" + (" or more" if trusted == n_measured else "")
     one, two = (inside[0, 1:][varies].mean().item() for inside in error.inside)
     if one < 0.55:
@@ -240,7 +238,20 @@ def of_values(check: ValueCheck) -> tuple[list[Finding], Section]:
         "half. Units are those that the critics learn.",
         [as_picture(figures.plot_values(check), "Q-values beside returns, and their distributions")],
     )
-    return [Finding("Are Q-values right?", f"{bias:+.0%} of the returns", verdict)], section
+    findings = [Finding("Are Q-values right?", f"{bias:+.0%} of the returns", verdict)]
+    if len(check.promised):
+        promise = check.relative_promise()
+        verdict = "What the actor maximises is about what comes."
+        if promise > 0.2:
+            verdict = "The actor is promised more than comes: by the model's rewards, or by the critics at their end."
+        elif promise < -0.2:
+            verdict = "The actor is promised less than comes, which is safe, but slow."
+        findings.append(Finding("Does the actor get what its rollouts promise?", f"{promise:+.0%} of the returns", verdict))
+        section.paragraphs.append(
+            f"From the same states the actor's training rollouts promise {check.promised.mean():.4g} on average, entropy "
+            f"included; {check.gained.mean():.4g} came."
+        )
+    return findings, section
 
 
 def of_shift(shift: PolicyShift, gamma: float) -> tuple[list[Finding], Section]:
@@ -286,7 +297,7 @@ def of_shift(shift: PolicyShift, gamma: float) -> tuple[list[Finding], Section]:
 
 
 def write_report(
-    path: str | Path, agent: "MBPO", env_id: str, findings: Sequence[Finding], sections: Sequence[Section]
+    path: str | Path, agent: "ModelBasedSAC", env_id: str, findings: Sequence[Finding], sections: Sequence[Section]
 ) -> None:
     """
     Write the page, in one step: an older one is replaced when it is complete.
@@ -302,7 +313,7 @@ def write_report(
         ("Environment", env_id),
         ("Steps", f"{agent.lifetime_timesteps:,}, model last trained at {agent.last_model_training:,}"),
         ("Ensemble", f"{agent.num_elites} elites of {agent.ensemble_size}, hidden layers {list(agent.model_hidden_sizes)}"),
-        ("Rollouts", f"k = {agent.rollout_length} now, schedule {agent.rollout_schedule}, real ratio {agent.real_ratio}"),
+        ("Rollouts", agent.about_rollouts),
         ("Replay buffer", f"{n_transitions(agent.replay_buffer):,} transitions"),
         ("Made by", f"sb3_mbpo {__version__}"),
     ]

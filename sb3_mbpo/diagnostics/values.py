@@ -25,11 +25,15 @@ class ValueCheck(NamedTuple):
     :param q_real: Q-value of the lowest critic of real transitions, ``(n,)``
     :param returns: Soft discounted return that followed each of them, ``(n,)``
     :param q_model: Q-value of the lowest critic of generated transitions, ``(m,)``; empty without any
+    :param promised: What the actor's own objective says of the states, ``(n,)``; empty unless the actor learns from rollouts
+    :param gained: Soft discounted return that followed, with the entropy in those states, ``(n,)``
     """
 
     q_real: np.ndarray
     returns: np.ndarray
     q_model: np.ndarray
+    promised: np.ndarray = np.zeros(0)
+    gained: np.ndarray = np.zeros(0)
 
     def bias(self) -> float:
         """
@@ -42,6 +46,12 @@ class ValueCheck(NamedTuple):
         :return: The same, as a share of the mean absolute return
         """
         return self.bias() / max(float(np.abs(self.returns).mean()), 1e-8)
+
+    def relative_promise(self) -> float:
+        """
+        :return: Mean of what the actor promises less what came, as a share of the mean absolute return
+        """
+        return float((self.promised - self.gained).mean()) / max(float(np.abs(self.gained).mean()), 1e-8)
 
 
 def q_values(agent: "ModelBasedSAC", obs: Any, actions: th.Tensor) -> th.Tensor:
@@ -69,7 +79,7 @@ def value_check(agent: "ModelBasedSAC", trajectories: Sequence[Transitions], max
     env, gamma = agent.get_vec_normalize_env(), agent.gamma
     # Steps after which the rest weighs no more than MAX_REST; without a discount it never does
     n_seen = int(np.ceil(np.log(MAX_REST) / np.log(gamma))) if 0 < gamma < 1 else (1 if gamma == 0 else np.inf)
-    q_real, returns = [], []
+    q_real, returns, promised, gained = [], [], [], []
     for trajectory in trajectories:
         n = len(trajectory.rewards)
         is_over = bool(trajectory.terminated[-1])
@@ -88,6 +98,10 @@ def value_check(agent: "ModelBasedSAC", trajectories: Sequence[Transitions], max
             following = soft_returns[step] + bonus[step].item()
         q_real.append(q_values(agent, obs, trajectory.actions).cpu().numpy()[:n_complete])
         returns.append(soft_returns[:n_complete])
+        promise = agent.promised_values(trajectory.obs[:n_complete])
+        if promise is not None:
+            promised.append(promise.cpu().numpy())
+            gained.append((soft_returns + bonus.cpu().numpy())[:n_complete])
     if not q_real:
         longest = max(len(trajectory.rewards) for trajectory in trajectories)
         raise ValueError(
@@ -96,9 +110,9 @@ def value_check(agent: "ModelBasedSAC", trajectories: Sequence[Transitions], max
         )
     q_model = np.zeros(0)
     if agent.model_buffer.size() > 0:
-        sample = agent.model_buffer.sample(max_model, env=env)
-        q_model = q_values(agent, sample.observations, sample.actions).cpu().numpy()
-    return ValueCheck(np.concatenate(q_real), np.concatenate(returns), q_model)
+        q_model = q_values(agent, *agent.sample_generated(max_model)).cpu().numpy()
+    own = (np.concatenate(promised), np.concatenate(gained)) if promised else ()
+    return ValueCheck(np.concatenate(q_real), np.concatenate(returns), q_model, *own)
 
 
 def _value(agent: "ModelBasedSAC", obs: th.Tensor, env: VecNormalize | None) -> float:

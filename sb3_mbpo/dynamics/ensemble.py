@@ -209,11 +209,17 @@ class Ensemble(nn.Module):
         :param unit_inputs: See :meth:`unit_inputs`, ``(n_members, batch, obs_dim + action_dim)``
         :return: Mean and log-variance of the unit targets, each ``(n_members, batch, 1 + obs_dim)``
         """
-        return self._forward(unit_inputs, list(self.weights), list(self.biases))
+        return self.layers(unit_inputs, list(self.weights), list(self.biases))
 
-    def _forward(
+    def layers(
         self, hidden: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param hidden: What the first layer gets, ``(n, batch, obs_dim + action_dim)``
+        :param weights: Of each layer of ``n`` networks
+        :param biases: Of each layer of ``n`` networks
+        :return: As :meth:`forward`
+        """
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             hidden = F.silu(th.bmm(hidden, weight) + bias)
         mean, log_var = (th.bmm(hidden, weights[-1]) + biases[-1]).chunk(2, dim=-1)
@@ -298,7 +304,7 @@ class Ensemble(nn.Module):
         for member in members.unique().tolist():
             rows = (members == member).nonzero().squeeze(1)
             only = slice(member, member + 1)
-            mean, log_var = self._forward(
+            mean, log_var = self.layers(
                 inputs[None, rows], [weight[only] for weight in self.weights], [bias[only] for bias in self.biases]
             )
             output[rows] = (mean + th.exp(0.5 * log_var) * th.randn_like(mean)).squeeze(0)

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from sb3_mbpo.dynamics.training import BATCH_SIZE, split_at_random
 from sb3_mbpo.dynamics.units import input_stats, standardised
-from sb3_mbpo.dynamics.user_functions import TransitionFn
 
 # (low, high)
 Range = Sequence[float]
@@ -37,11 +36,11 @@ Range = Sequence[float]
 # Inequalities are strict or not as they are there: what is NaN lies within no range, hence is not healthy.
 
 
-def _never(next_obs: np.ndarray) -> np.ndarray:
-    return np.zeros(len(next_obs), dtype=bool)
+def _never(next_obs: th.Tensor) -> th.Tensor:
+    return th.zeros_like(next_obs[:, 0], dtype=th.bool)
 
 
-def _within(values: np.ndarray, bounds: Range) -> np.ndarray:
+def _within(values: th.Tensor, bounds: Range) -> th.Tensor:
     low, high = bounds
     return (low < values) & (values < high)
 
@@ -50,46 +49,46 @@ def _within(values: np.ndarray, bounds: Range) -> np.ndarray:
 
 
 def _hopper(
-    next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range, angle_range: Range, state_range: Range
-) -> np.ndarray:
+    next_obs: th.Tensor, terminate: bool, hidden: bool, z_range: Range, angle_range: Range, state_range: Range
+) -> th.Tensor:
     z, angle, state = next_obs[:, 1 - hidden], next_obs[:, 2 - hidden], next_obs[:, 2 - hidden :]
     # The observation clips velocities to [-10, 10], so limits beyond (by default 100) are not visible in it
-    healthy = _within(z, z_range) & _within(angle, angle_range) & _within(state, state_range).all(axis=1)
-    return np.logical_and(terminate, ~healthy)
+    healthy = _within(z, z_range) & _within(angle, angle_range) & _within(state, state_range).all(dim=1)
+    return ~healthy & bool(terminate)
 
 
-def _walker2d(next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range, angle_range: Range) -> np.ndarray:
+def _walker2d(next_obs: th.Tensor, terminate: bool, hidden: bool, z_range: Range, angle_range: Range) -> th.Tensor:
     z, angle = next_obs[:, 1 - hidden], next_obs[:, 2 - hidden]
-    return np.logical_and(terminate, ~(_within(z, z_range) & _within(angle, angle_range)))
+    return ~(_within(z, z_range) & _within(angle, angle_range)) & bool(terminate)
 
 
-def _ant(next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range) -> np.ndarray:
+def _ant(next_obs: th.Tensor, terminate: bool, hidden: bool, z_range: Range) -> th.Tensor:
     z = next_obs[:, 2 - 2 * hidden]
     low, high = z_range
-    healthy = np.isfinite(next_obs).all(axis=1) & (low <= z) & (z <= high)
-    return np.logical_and(terminate, ~healthy)
+    healthy = next_obs.isfinite().all(dim=1) & (low <= z) & (z <= high)
+    return ~healthy & bool(terminate)
 
 
-def _humanoid(next_obs: np.ndarray, terminate: bool, hidden: bool, z_range: Range) -> np.ndarray:
-    return np.logical_and(terminate, ~_within(next_obs[:, 2 - 2 * hidden], z_range))
+def _humanoid(next_obs: th.Tensor, terminate: bool, hidden: bool, z_range: Range) -> th.Tensor:
+    return ~_within(next_obs[:, 2 - 2 * hidden], z_range) & bool(terminate)
 
 
-def _inverted_pendulum(next_obs: np.ndarray) -> np.ndarray:
-    return ~np.isfinite(next_obs).all(axis=1) | (np.abs(next_obs[:, 1]) > 0.2)
+def _inverted_pendulum(next_obs: th.Tensor) -> th.Tensor:
+    return ~next_obs.isfinite().all(dim=1) | (next_obs[:, 1].abs() > 0.2)
 
 
-def _inverted_double_pendulum(next_obs: np.ndarray, tip_height: list[list[float]]) -> np.ndarray:
+def _inverted_double_pendulum(next_obs: th.Tensor, tip_height: list[list[float]]) -> th.Tensor:
     # Gymnasium reads the tip where MuJoCo's last Runge-Kutta stage left it, which is not quite the observed pose:
     # they are less than 0.1 mm apart as a rule, 4 mm in the worst case seen
     sin, cos = next_obs[:, 1:3], next_obs[:, 3:5]
-    first, second = np.stack([np.ones_like(sin), sin, cos], axis=1).transpose(2, 0, 1)
-    return np.einsum("ni,ij,nj->n", first, tip_height, second) <= 1
+    first, second = th.stack([th.ones_like(sin), sin, cos], dim=1).unbind(dim=2)
+    return (first @ next_obs.new_tensor(tip_height) * second).sum(dim=1) <= 1
 
 
 _HEALTH = ("_terminate_when_unhealthy", "_exclude_current_positions_from_observation", "_healthy_z_range")
 
 # Class -> (condition, attributes of the live environment that are its arguments after next_obs)
-_TASKS: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...]]] = {
+_TASKS: dict[str, tuple[Callable[..., th.Tensor], tuple[str, ...]]] = {
     "gymnasium.envs.classic_control.pendulum:PendulumEnv": (_never, ()),
     **{
         f"gymnasium.envs.mujoco.{module}_{version}:{name}": (condition, attributes)
@@ -187,7 +186,36 @@ def _tip_height(model: Any) -> list[list[float]] | None:
     return matrix.tolist() if is_exact else None
 
 
-def derive_termination_fn(env: VecEnv) -> TransitionFn | None:
+class KnownTermination:
+    """
+    The condition of a known task, as a function of arrays and of tensors.
+
+    :param condition: Of raw observations, ``(n, obs_dim)``, and of the parameters
+    :param parameters: Of the live environment
+    """
+
+    def __init__(self, condition: Callable[..., th.Tensor], parameters: Sequence[Any]) -> None:
+        self.condition, self.parameters = condition, parameters
+
+    def __call__(self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
+        """
+        :param obs: ``(n, obs_dim)``
+        :param action: ``(n, action_dim)``
+        :param next_obs: ``(n, obs_dim)``
+        :return: Whether each transition is terminal, bool, ``(n,)``
+        """
+        terminated: np.ndarray = self.of_tensors(th.as_tensor(next_obs)).numpy()
+        return terminated
+
+    def of_tensors(self, next_obs: th.Tensor) -> th.Tensor:
+        """
+        :param next_obs: ``(n, obs_dim)``, raw
+        :return: Whether each transition is terminal, bool, ``(n,)``
+        """
+        return self.condition(next_obs, *self.parameters)
+
+
+def derive_termination_fn(env: VecEnv) -> KnownTermination | None:
     """
     The termination function of a task whose source is known (Gymnasium's MuJoCo tasks v4 and v5, and Pendulum), with the
     parameters that the live environment has now. Nothing is guessed: a subclass, a wrapper that may change
@@ -227,7 +255,7 @@ def derive_termination_fn(env: VecEnv) -> TransitionFn | None:
     parameters, *others = [[parameter(name, index) for name in attributes] for index in range(env.num_envs)]
     if None in parameters or any(other != parameters for other in others):
         return None
-    return lambda obs, action, next_obs: condition(next_obs, *parameters)
+    return KnownTermination(condition, parameters)
 
 
 # --- Learned, where nothing is known ---------------------------------------------------------------------------------

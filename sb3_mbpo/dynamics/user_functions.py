@@ -5,6 +5,7 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
+import torch as th
 from gymnasium import spaces
 
 from sb3_mbpo.common.spaces import map_arrays, shape_of
@@ -13,6 +14,8 @@ from sb3_mbpo.common.spaces import map_arrays, shape_of
 Observations = np.ndarray | dict[str, np.ndarray]
 # (obs, action, next_obs) -> one value per row: raw observations, actions in the environment's units
 TransitionFn = Callable[[Any, np.ndarray, Any], np.ndarray]
+# The same of tensors, through which gradients pass
+TensorFn = Callable[[Any, th.Tensor, Any], th.Tensor]
 
 
 def _call(
@@ -97,6 +100,51 @@ def check_transition_fn(
     :param boolean: Whether it must return bools; finite floats otherwise
     :raises ValueError: if it is no function, cannot be pickled, raises, or returns something of another type or shape
     """
+    obs, action = _zeros(fn, name, observation_space, action_space)
+    _call(fn, name, obs, action, obs, boolean)
+
+
+def check_tensor_fn(fn: TensorFn, name: str, observation_space: spaces.Space[Any], action_space: spaces.Box) -> None:
+    """
+    Try a user's function of tensors, through which gradients have to pass, on a few rows of zeros.
+
+    :param fn: ``reward_fn``
+    :param name: The argument's name, for messages
+    :param observation_space: Of the environment
+    :param action_space: Of the environment
+    :raises ValueError: if it is no function, cannot be pickled, raises, returns something of another type or shape, or what
+        has no gradient
+    """
+    arrays = _zeros(fn, name, observation_space, action_space)
+
+    def tensor(array: np.ndarray) -> th.Tensor:
+        return th.as_tensor(array).float().requires_grad_()
+
+    obs, action = (map_arrays(tensor, each) for each in arrays)
+    try:
+        values = fn(obs, action, obs)
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` raised {error!r} for tensors: here gradients pass through it, so it gets tensors of torch, not arrays, "
+            "and must compute with operations of torch"
+        ) from error
+    n = len(action)
+    if not isinstance(values, th.Tensor) or values.shape != (n,) or not values.is_floating_point():
+        found = f"{values.dtype}, {tuple(values.shape)}" if isinstance(values, th.Tensor) else type(values).__name__
+        raise ValueError(
+            f"`{name}` must return a tensor of floats with shape ({n},), one per transition, but returned: {found}"
+        )
+    if not values.requires_grad:
+        raise ValueError(
+            f"`{name}` returned a tensor without a gradient: compute it from the tensors that it gets, by operations of "
+            "torch, without `detach()`, `numpy()` or comparisons alone. Without it (None), the model predicts the reward."
+        )
+
+
+def _zeros(
+    fn: object, name: str, observation_space: spaces.Space[Any], action_space: spaces.Box
+) -> tuple[Observations, np.ndarray]:
+    """Observations and actions to try a function on, which is checked as far as that can be done without calling it."""
     if not callable(fn):
         raise ValueError(f"`{name}` must be None or a function of (obs, action, next_obs), not {fn!r}")
     try:
@@ -120,4 +168,4 @@ def check_transition_fn(
         obs: Observations = {key: zeros(part) for key, part in observation_space.items()}
     else:
         obs = zeros(observation_space)
-    _call(fn, name, obs, zeros(action_space), obs, boolean)
+    return obs, zeros(action_space)

@@ -1,7 +1,7 @@
 """MBPO as a user of Stable-Baselines3 meets it: constructor, buffers and which updates are made. No mathematics."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from gymnasium import spaces
@@ -129,6 +129,10 @@ class MBPO(ModelBasedSAC):
         predicts (paper, Figure 3, right; Feinberg et al. 2018), 0 for SAC's targets
     :raises ValueError: if an argument is not in its range, or a space is not supported
     """
+
+    name: ClassVar[str] = "MBPO"
+    min_updates_to_compile: ClassVar[int] = 10_000
+    model_buffer: ModelReplayBuffer
 
     def __init__(
         self,
@@ -271,6 +275,18 @@ class MBPO(ModelBasedSAC):
         return rollout_length(self.rollout_schedule, self.lifetime_timesteps)
 
     @property
+    def about_rollouts(self) -> str:
+        """What a report says of them."""
+        return f"k = {self.rollout_length} now, schedule {self.rollout_schedule}, real ratio {self.real_ratio}"
+
+    @property
+    def advice_on_long_rollouts(self) -> str:
+        """What a report says if they go further than the model is right for."""
+        if self.rollout_schedule == "auto":
+            return "they will be shorter from its next training on"
+        return "shorten `rollout_schedule`"
+
+    @property
     def uses_model(self) -> bool:
         """Whether updates depend on the model, so that it is trained. If not, this is SAC (paper: "no model")."""
         return self.uses_generated_data or self.value_expansion_horizon > 0
@@ -331,6 +347,14 @@ class MBPO(ModelBasedSAC):
             self.model_buffer.extend(step)
             n_generated += len(step.obs)
         return n_generated
+
+    def sample_generated(self, n: int) -> tuple[Any, th.Tensor]:
+        """
+        :param n: How many
+        :return: Generated observations, as the critics see them, and actions in them
+        """
+        sample = self.model_buffer.sample(n, env=self.get_vec_normalize_env())
+        return sample.observations, sample.actions
 
     def why_not_compiled(self) -> str | None:
         """

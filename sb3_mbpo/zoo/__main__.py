@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sb3_mbpo.zoo",
         usage="%(prog)s script [arguments of the script]",
-        description="Run a script of RL Zoo (rl_zoo3) that knows the algorithm mbpo.",
+        description="Run a script of RL Zoo (rl_zoo3) that knows the algorithms mbpo and dhmbpo.",
         epilog="example: python -m sb3_mbpo.zoo train --algo mbpo --env Hopper-v5",
     )
     parser.add_argument("script", choices=SCRIPTS, help=", ".join(SCRIPTS), metavar="script")

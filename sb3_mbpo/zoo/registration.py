@@ -1,4 +1,4 @@
-"""Make MBPO known to RL Zoo: one function per zoo module that has to learn of it, each harmless when repeated."""
+"""Make the algorithms known to RL Zoo: one function per zoo module that has to learn of it, each harmless when repeated."""
 
 import importlib
 from collections.abc import Callable
@@ -10,44 +10,48 @@ if TYPE_CHECKING:
     import optuna
     from rl_zoo3.exp_manager import ExperimentManager
 
-ALGO = "mbpo"
+# RL Zoo's name of each, and that in the package
+ALGOS = {"mbpo": "MBPO", "dhmbpo": "DHMBPO"}
 
 
-def hyperparams_file() -> Path:
+def hyperparams_file(algo: str) -> Path:
     """
+    :param algo: RL Zoo's name of the algorithm
     :return: The tuned hyperparameters: inside the package when it was installed from a wheel,
         at the top of the checkout otherwise
     """
     package = Path(__file__).parents[1]
-    packaged = package / "hyperparams" / f"{ALGO}.yml"
-    return packaged if packaged.is_file() else package.parent / "hyperparams" / f"{ALGO}.yml"
+    packaged = package / "hyperparams" / f"{algo}.yml"
+    return packaged if packaged.is_file() else package.parent / "hyperparams" / f"{algo}.yml"
 
 
-def register_algorithm(utils: ModuleType) -> None:
+def register_algorithms(utils: ModuleType) -> None:
     """
     :param utils: ``rl_zoo3.utils``, whose ``ALGOS`` is what ``--algo`` may name
     """
-    from sb3_mbpo.mbpo import MBPO
+    import sb3_mbpo
 
-    utils.ALGOS.setdefault(ALGO, MBPO)
+    for algo, name in ALGOS.items():
+        utils.ALGOS.setdefault(algo, getattr(sb3_mbpo, name))
 
 
 def register_samplers(hyperparams_opt: ModuleType) -> None:
     """
     :param hyperparams_opt: ``rl_zoo3.hyperparams_opt``, which holds what ``--optimize`` searches
     """
-    from sb3_mbpo.zoo.samplers import convert_mbpo_params, sample_mbpo_params
+    from sb3_mbpo.zoo import samplers
 
-    hyperparams_opt.HYPERPARAMS_SAMPLER.setdefault(ALGO, sample_mbpo_params)
-    hyperparams_opt.HYPERPARAMS_CONVERTER.setdefault(ALGO, convert_mbpo_params)
+    for algo in ALGOS:
+        hyperparams_opt.HYPERPARAMS_SAMPLER.setdefault(algo, getattr(samplers, f"sample_{algo}_params"))
+        hyperparams_opt.HYPERPARAMS_CONVERTER.setdefault(algo, getattr(samplers, f"convert_{algo}_params"))
 
 
 def register_hyperparams(exp_manager: ModuleType) -> None:
     """
-    Fit the zoo's manager of experiments to MBPO:
+    Fit the zoo's manager of experiments to the algorithms:
 
-    - The packaged YAML is read where the zoo would look for ``mbpo.yml`` in its own folder and not find it. A file given
-      with ``-conf`` is never replaced.
+    - The packaged YAML is read where the zoo would look for ``mbpo.yml`` or ``dhmbpo.yml`` in its own folder and not find it.
+      A file given with ``-conf`` is never replaced.
     - The ``env_kwargs`` of the YAML describe the evaluation environment and that of later scripts, too. The zoo itself
       leaves them out there, so that an Ant with fewer observations would meet one with more.
     - ``--trial-id 0`` is a trial. The zoo itself takes it for none, as it silently does without a study.
@@ -64,13 +68,13 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
     # as in ExperimentManager.__init__: the hyperparameters are in the package, or beside it in a checkout of the zoo
     zoo = Path(str(exp_manager.__file__)).parent
     zoo = zoo if (zoo / "hyperparams").is_dir() else zoo.parent
-    default = str(zoo / f"hyperparams/{ALGO}.yml")
 
     def read_hyperparameters(self: "ExperimentManager") -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.algo != ALGO:
+        if self.algo not in ALGOS:
             return zoo_reads_hyperparams(self)
-        if self.config == default and not Path(default).exists():
-            self.config = str(hyperparams_file())
+        default = zoo / f"hyperparams/{self.algo}.yml"
+        if self.config == str(default) and not default.exists():
+            self.config = str(hyperparams_file(self.algo))
         given = self.custom_hyperparams or {}
         if self.trial_id is not None:
             if not (self.storage and self.study_name):
@@ -91,7 +95,7 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
         return hyperparams, saved_hyperparams
 
     def objective(self: "ExperimentManager", trial: "optuna.Trial") -> float:
-        if self.algo == ALGO:
+        if self.algo in ALGOS:
             trial.set_user_attr("n_timesteps", self.n_timesteps)
         return zoo_objective(self, trial)
 
@@ -99,13 +103,13 @@ def register_hyperparams(exp_manager: ModuleType) -> None:
 
 
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
-    "rl_zoo3.utils": register_algorithm,
+    "rl_zoo3.utils": register_algorithms,
     "rl_zoo3.hyperparams_opt": register_samplers,
     "rl_zoo3.exp_manager": register_hyperparams,
 }
 
 
 def register() -> None:
-    """Register MBPO with RL Zoo, importing it if need be. Unlike at start-up, an error is raised, not warned about."""
+    """Register them with RL Zoo, importing it if need be. Unlike at start-up, an error is raised, not warned about."""
     for name, register_with in REGISTRATIONS.items():
         register_with(importlib.import_module(name))

@@ -1,0 +1,507 @@
+"""DHMBPO as a user meets it: blocks, states, policy, arguments, files."""
+
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.sac.policies import MlpPolicy as SACMlpPolicy
+
+from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.dhmbpo.buffers import StateBuffer
+from sb3_mbpo.dhmbpo.policies import DHMBPOPolicy
+from tests.envs import CountingEnv
+
+SMALL = dict(
+    learning_starts=100,
+    train_freq=50,
+    gradient_steps=4,
+    batch_size=16,
+    buffer_size=10_000,
+    policy_kwargs={"net_arch": [16, 16]},
+    model_hidden_sizes=[16, 16],
+    ensemble_size=3,
+    num_elites=2,
+    model_gradient_steps=0.05,
+    training_horizon=3,
+    distribution_horizon=5,
+    seed=0,
+    device="cpu",
+    compile=False,
+)
+
+
+def make(env="Pendulum-v1", policy="MlpPolicy", **kwargs):
+    return DHMBPO(policy, env, **{**SMALL, **kwargs})
+
+
+def parameters(agent):
+    return th.cat([p.detach().flatten() for p in agent.policy.parameters()])
+
+
+class Record(BaseCallback):
+    """What the agent is like at each step."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.rows = what, []
+
+    def _on_step(self):
+        self.rows.append(self.what(self.model))
+        return True
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_policy_is_frozen_for_a_block_and_learns_after_it():
+    record = Record(lambda agent: (agent._n_updates, parameters(agent).sum().item()))
+    agent = make()
+    agent.learn(260, callback=record)
+    updates = [row[0] for row in record.rows]
+    # Two random blocks, as many updates for each; the policy acts from then on
+    assert updates[:100] == [0] * 100 and updates[100:150] == [8] * 50
+    assert updates[150:200] == [12] * 50 and updates[200:250] == [16] * 50
+    sums = [row[1] for row in record.rows]
+    for start, end in ((0, 100), (100, 150), (150, 200)):
+        assert len(set(sums[start:end])) == 1
+    assert len(set(sums[::50])) == 5
+
+
+def test_random_until_learning_starts():
+    class Actions(gym.ActionWrapper):
+        seen = ()
+
+        def action(self, action):
+            self.seen += (action.item(),)
+            return action
+
+    env = Actions(gym.make("Pendulum-v1"))
+    # A policy that would hardly move
+    agent = make(env)
+    with th.no_grad():
+        agent.actor.mu.weight.zero_()
+        agent.actor.log_std.weight.zero_()
+        agent.actor.log_std.bias.fill_(-9)
+    agent.learn(101)
+    random, own = np.abs(env.seen[:100]), np.abs(env.seen[100:])
+    assert random.mean() == pytest.approx(1.0, abs=0.15)
+    assert len(own) == 50 and own.mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "kwargs, steps, updates",
+    [
+        ({"gradient_steps": -1}, 200, [100, 50, 50]),
+        ({"train_freq": (1, "episode"), "gradient_steps": 3}, 600, [3, 3, 3]),
+        ({"train_freq": (1, "episode"), "gradient_steps": -1}, 600, [200, 200, 200]),
+        ({"gradient_steps": 0}, 200, []),
+        ({"learning_starts": 0}, 100, [4, 4]),
+    ],
+)
+def test_gradient_steps(kwargs, steps, updates, monkeypatch):
+    made = []
+    train = DHMBPO.train
+    monkeypatch.setattr(DHMBPO, "train", lambda self, gradient_steps, batch_size: made.append(gradient_steps))
+    monkeypatch.setattr(DHMBPO, "_n_updates", property(lambda self: sum(made), lambda self, value: None), raising=False)
+    make(**kwargs).learn(steps)
+    assert [each for each in made if each] == updates
+    assert train is not DHMBPO.train
+
+
+def test_parallel_environments():
+    agent = make(make_vec_env("Pendulum-v1", 3))
+    record = Record(lambda agent: agent._n_updates)
+    agent.learn(460, callback=record)
+    # A block is 50 steps of each environment
+    assert record.rows[:50] == [0] * 50 and record.rows[50:100] == [4] * 50 and record.rows[150] == 12
+    assert agent.model_train_freq == 150
+
+
+def test_model_is_trained_after_each_block():
+    record = Record(lambda agent: agent.last_model_training)
+    make().learn(210, callback=record)
+    assert sorted(set(record.rows)) == [0, 100, 150, 200]
+
+
+def test_critics_alone_come_first():
+    """A quarter as many updates, so that Adam has made more steps with the critics than with the actor."""
+    agent = make(gradient_steps=20)
+    agent.learn(160)
+    steps = [next(iter(each.optimizer.state.values()))["step"].item() for each in (agent.critic, agent.actor)]
+    # Since the last block began
+    assert steps == [25, 20]
+    assert next(iter(agent.ent_coef_optimizer.state.values()))["step"].item() == 20
+
+
+def test_it_says_how_long_to_wait(capsys):
+    make(verbose=1).learn(150)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "pdates" in line]
+    assert lines[0].startswith("Not compiled: gradient updates") and lines[1] == "First updates, for all steps so far: 8"
+    assert lines[2].startswith("Updates at step 100: 8, ") and lines[3].startswith("Updates at step 150: 4, ")
+    assert "% of the rollouts alive, values from " in lines[2] and len(lines) == 4
+
+
+def test_log(tmp_path):
+    agent = make("Hopper-v5", learning_starts=50)
+    agent.set_logger(configure(str(tmp_path), ["csv"]))
+    agent.learn(160, log_interval=1)
+    names = set((tmp_path / "progress.csv").read_text().splitlines()[0].split(","))
+    assert {
+        *("train/critic_loss", "train/actor_loss", "train/ent_coef", "train/ent_coef_loss", "train/n_updates"),
+        *("train/alive", "train/q_low", "train/q_high", "train/compiled", "model/r2", "model/train_loss"),
+        *("open_loop/error_1", "open_loop/error_5", "time/updates_seconds", "time/rollouts_seconds"),
+    } <= names
+
+
+# --- States ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(capacity=st.integers(1, 12), sizes=st.lists(st.integers(0, 20), max_size=6))
+def test_state_buffer_holds_the_newest(capacity, sizes):
+    buffer = StateBuffer(capacity, 1, th.device("cpu"))
+    added = []
+    for size in sizes:
+        states = th.arange(len(added), len(added) + size, dtype=th.float32)[:, None]
+        added += states.flatten().tolist()
+        buffer.extend(states)
+    newest = added[-capacity:]
+    assert buffer.size() == len(newest)
+    if newest:
+        assert sorted(buffer.states[: buffer.size()].flatten().tolist()) == newest
+        drawn = buffer.sample(200, 2)
+        assert drawn.shape == (200, 2, 1) and set(drawn.flatten().tolist()) <= set(newest)
+        if capacity <= 3:
+            assert set(drawn.flatten().tolist()) == set(newest)
+
+
+def is_dead_by_user(obs, action, next_obs):
+    return np.abs(next_obs[:, 0]) > 1.3
+
+
+@pytest.mark.parametrize("termination", ["known", "user", "learned"])
+def test_distribution_rollouts_never_hold_a_dead_state(termination):
+    if termination == "learned":
+        env = CountingEnv(episode_length=4)
+        agent = make(env, learning_starts=200, model_gradient_steps=1.0)
+    else:
+        agent = make("Hopper-v5", termination_fn=is_dead_by_user if termination == "user" else None)
+    agent.learn(400)
+    states = agent.model_buffer.states[: agent.model_buffer.size()]
+    assert len(states) > 100
+    zeros = th.zeros(len(states), 1)
+    assert not agent.model_env.termination(states, zeros.expand(-1, agent.action_space.shape[0]), states).any()
+    if termination == "learned":
+        assert states.max() < 3.5
+        # Other states would be dead, and the real ones that end an episode are no starts
+        assert agent.model_env.termination(th.full_like(states, 4.0), zeros, th.full_like(states, 4.0)).all()
+    elif termination == "user":
+        assert (states[:, 0].abs() <= 1.3).all()
+    else:
+        healthy = (states[:, 0] > 0.7) & (states[:, 1].abs() < 0.2) & (states[:, 1:].abs() < 100).all(dim=1)
+        assert healthy.all()
+
+
+def test_distribution_rollouts_start_in_real_states():
+    agent = make(distribution_horizon=1)
+    agent.learn(100)
+    states = agent.model_buffer.states[: agent.model_buffer.size()].numpy()
+    real = {tuple(row) for row in agent.replay_buffer.observations[:100, 0]}
+    # Not emptied: one before the critics' updates and one before the first of 20 joint ones, of 16 states each
+    assert len(states) == 32 and {tuple(row) for row in states} <= real
+
+
+def test_states_are_those_of_the_present_policy():
+    """A policy that pushes one way, after the updates, has states that go that way."""
+    agent = make(distribution_horizon=20)
+    agent.learn(200)
+    for sign in (1, -1):
+        with th.no_grad():
+            agent.actor.mu.weight.zero_()
+            agent.actor.mu.bias.fill_(3.0 * sign)
+        agent.model_buffer = StateBuffer(10_000, 3, agent.device)
+        n = agent.fill_model_buffer(agent.model_env, th.tensor([[1.0, 0.0, 0.0]]))
+        assert n == agent.model_buffer.size() >= 16 * 20
+        velocities = agent.model_buffer.states[:n, 2].view(20, 16).mean(dim=1)
+        assert sign * (velocities[3] - velocities[0]) > 0
+
+
+# --- Policy ----------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_real_data():
+    agent = make()
+    agent.learn(100)
+    real = agent.replay_buffer.observations[:100, 0].astype(np.float64)
+    for network in (agent.actor, agent.critic, agent.critic_target):
+        np.testing.assert_allclose(network.standardise.mean, real.mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(network.standardise.std, real.std(axis=0), rtol=1e-5)
+
+
+def test_policy_kwargs():
+    kwargs = {"net_arch": {"pi": [8], "qf": [9, 7]}, "activation_fn": th.nn.ReLU, "n_critics": 3, "dropout": 0.0}
+    agent = make(policy_kwargs=kwargs)
+    agent.learn(160)
+    assert [layer.out_features for layer in agent.actor.latent_pi if isinstance(layer, th.nn.Linear)] == [8]
+    assert [tuple(weight.shape) for weight in agent.critic.weights] == [(3, 4, 9), (3, 9, 7), (3, 7, 1)]
+    assert isinstance(agent.critic.activation, th.nn.ReLU) and len(agent.critic(*agent.sample_generated(5))) == 3
+
+
+def test_predict_needs_no_wrapper(tmp_path):
+    agent = make()
+    agent.learn(200)
+    agent.save(tmp_path / "agent")
+    obs = np.array([[0.1, -0.9, 2.0], [1.0, 0.0, 0.0]], np.float32)
+    loaded = DHMBPO.load(tmp_path / "agent")
+    actions = agent.predict(obs, deterministic=True)[0]
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], actions)
+    assert (agent.critic.bounds == loaded.critic.bounds).all() and agent.critic.bounds.diff().item() > 0
+    # The statistics matter
+    loaded.policy.set_statistics(th.zeros(3), th.ones(3))
+    assert (loaded.predict(obs, deterministic=True)[0] != actions).any()
+    with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
+        assert "policy.pth" in archive.namelist()
+
+
+def test_constant_observations_do_no_harm():
+    class WithConstant(gym.ObservationWrapper):
+        def __init__(self):
+            super().__init__(gym.make("Pendulum-v1"))
+            self.observation_space = spaces.Box(-10, 10, (4,), np.float32)
+
+        def observation(self, observation):
+            return np.append(observation, np.float32(7))
+
+    agent = make(WithConstant())
+    agent.learn(200)
+    assert parameters(agent).isfinite().all() and agent.actor.standardise.std[3] == 0
+    low, high = (agent.predict(np.array([0.5, 0.5, 1.0, last], np.float32), deterministic=True)[0] for last in (7, 1e6))
+    np.testing.assert_array_equal(low, high)
+
+
+# --- Everything that users of SAC do ---------------------------------------------------------------------------------
+
+
+def test_same_seed_same_agent():
+    first, second, other = (make(seed=seed).learn(200) for seed in (3, 3, 4))
+    assert (parameters(first) == parameters(second)).all()
+    assert (parameters(first) != parameters(other)).any()
+
+
+def test_dict_observations_and_goals():
+    env = BitFlippingEnv(n_bits=3, continuous=True)
+    agent = make(
+        *(env, "MultiInputPolicy"),
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": "future"},
+    )
+    agent.learn(300)
+    assert agent._n_updates > 0
+    # achieved_goal, desired_goal, observation: bits, and goals stay what they were
+    states = agent.model_buffer.states[: agent.model_buffer.size()]
+    assert set(states.flatten().tolist()) <= {0.0, 1.0}
+    assert agent.model_env.goal_dims == [3, 4, 5] and agent.model_env.reward is None
+    agent.predict(agent.observation_space.sample())
+
+
+def test_reward_normalisation_is_harmless():
+    normalised = make(VecNormalize(make_vec_env("Pendulum-v1", 1, seed=0), norm_obs=False)).learn(200)
+    plain = make(make_vec_env("Pendulum-v1", 1, seed=0)).learn(200)
+    th.testing.assert_close(parameters(normalised), parameters(plain), rtol=0, atol=0)
+
+
+def test_eval_callback_and_set_env():
+    agent = make()
+    callback = EvalCallback(gym.make("Pendulum-v1"), n_eval_episodes=1, eval_freq=100, verbose=0)
+    agent.learn(200, callback=callback)
+    assert np.isfinite(callback.last_mean_reward)
+    agent.set_env(gym.make("Pendulum-v1", g=5.0))
+    agent.learn(100, reset_num_timesteps=False)
+    assert agent.num_timesteps == 300
+
+
+def test_exact_resume(tmp_path):
+    agent = make()
+    agent.learn(200)
+    agent.save(tmp_path / "agent")
+    agent.save_replay_buffer(tmp_path / "buffer")
+    weights = []
+    for _ in range(2):
+        loaded = DHMBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+        loaded.load_replay_buffer(tmp_path / "buffer")
+        assert loaded._n_updates == agent._n_updates and loaded.replay_buffer.size() == 200
+        loaded.set_random_seed(5)
+        loaded.learn(100, reset_num_timesteps=False)
+        # Neither random steps nor the updates for them again
+        assert loaded._n_updates == agent._n_updates + 8
+        weights.append(parameters(loaded))
+    assert (weights[0] == weights[1]).all() and (weights[0] != parameters(agent)).any()
+
+
+def test_goes_on_without_the_replay_buffer(tmp_path):
+    make().learn(200).save(tmp_path / "agent")
+    loaded = DHMBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    n_updates, weights = loaded._n_updates, loaded.dynamics.weights[0].clone()
+    # Too few transitions would spoil the loaded model, but not the policy's updates
+    loaded.learn(50)
+    assert loaded._n_updates == n_updates + 4 and (loaded.dynamics.weights[0] == weights).all()
+    loaded.learn(100)
+    assert (loaded.dynamics.weights[0] != weights).any()
+
+
+def test_zip_of_another_algorithm_is_refused(tmp_path):
+    make().save(tmp_path / "agent")
+    with pytest.raises(ValueError, match=r"was saved by DHMBPO, not by MBPO: `DHMBPO.load` loads it"):
+        MBPO.load(tmp_path / "agent")
+
+
+def test_users_termination_function_is_the_known_one():
+    """Asked outside of the graph, in the same rollouts: the same agent, bit for bit."""
+
+    def never(obs, action, next_obs):
+        return np.zeros(len(action), dtype=bool)
+
+    th.testing.assert_close(parameters(make().learn(200)), parameters(make(termination_fn=never).learn(200)), rtol=0, atol=0)
+
+
+def pendulum_reward(obs, action, next_obs):
+    angle = th.atan2(obs[:, 1], obs[:, 0])
+    return -(angle.square() + 0.1 * obs[:, 2].square() + 0.001 * action[:, 0].square())
+
+
+def test_reward_fn():
+    record = Record(lambda agent: agent.logger.name_to_value.get("model/reward_mismatch"))
+    make(reward_fn=pendulum_reward).learn(150, callback=record)
+    # The environment's own, of the real transitions; actions are in its units, from -2 to 2
+    assert record.rows[-1] == 0
+
+
+def test_reward_fn_of_dict_observations_gets_dictionaries():
+    seen = []
+
+    def reward(obs, action, next_obs):
+        seen.append({name: tuple(part.shape) for name, part in obs.items()})
+        return -(next_obs["observation"] - next_obs["desired_goal"]).abs().sum(dim=1)
+
+    make(BitFlippingEnv(n_bits=3, continuous=True), "MultiInputPolicy", reward_fn=reward).learn(100)
+    assert seen[-1] == {"achieved_goal": (16, 3), "desired_goal": (16, 3), "observation": (16, 3)}
+
+
+# --- Faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_updates_leave_the_agent_as_it_was():
+    agent = make(gradient_steps=40)
+    agent.learn(100)
+    before, n_updates, alpha = parameters(agent), agent._n_updates, agent.log_ent_coef.item()
+    optimizer_steps = next(iter(agent.actor.optimizer.state.values()))["step"].item()
+    fill, calls = agent.fill_model_buffer, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fill(*arguments)
+
+    agent.fill_model_buffer = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(50, reset_num_timesteps=False)
+    assert (parameters(agent) == before).all() and agent._n_updates == n_updates and agent.log_ent_coef.item() == alpha
+    assert next(iter(agent.actor.optimizer.state.values()))["step"].item() == optimizer_steps
+
+
+def test_divergence_is_undone():
+    agent = make(learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"diverged at step 100.* Lower `learning_rate`"):
+        agent.learn(100)
+    assert parameters(agent).isfinite().all() and agent.critic.bounds.isfinite().all()
+    assert agent.logger.name_to_value == {}
+
+
+def test_reward_fn_that_is_not_finite_is_named():
+    def infinite(obs, action, next_obs):
+        return pendulum_reward(obs, action, next_obs) / (obs[:, 0] > 0).float()
+
+    agent = make(reward_fn=infinite)
+    with pytest.raises(ValueError, match=r"`reward_fn` must return finite numbers"):
+        agent.learn(100)
+    assert parameters(agent).isfinite().all()
+
+
+def test_train_without_a_model_says_what_to_do(tmp_path):
+    make().learn(100).save(tmp_path / "agent")
+    loaded = DHMBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
+    with pytest.raises(ValueError, match=r"call `learn`"):
+        loaded.train(1)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"training_horizon": 0}, r"`training_horizon` must be a whole number, 1 or more, not 0"),
+        ({"distribution_horizon": 2.5}, r"`distribution_horizon` must be a whole number, 1 or more, not 2.5"),
+        ({"gamma": 1.0}, r"`gamma` must be a number from 0 to below 1.* not 1.0"),
+        ({"policy": SACMlpPolicy}, r"`policy` must be 'MlpPolicy'"),
+        ({"policy_kwargs": {"dropout": 1.0}}, r"`dropout` must be a number from 0 to below 1"),
+        ({"policy_kwargs": {"net_arch": []}}, r"`net_arch` must have at least one hidden layer"),
+        ({"policy_kwargs": {"optimizer_class": th.optim.SGD}}, r"`policy_kwargs`.* Adam only"),
+        ({"policy_kwargs": {"optimizer_kwargs": {"amsgrad": True}}}, r"`policy_kwargs`.* Adam only"),
+        ({"reward_fn": 3}, r"`reward_fn` must be None or a function"),
+        ({"reward_fn": lambda obs, action, next_obs: -np.square(obs[:, 0])}, r"`reward_fn` raised .* gets tensors of torch"),
+        ({"reward_fn": lambda obs, action, next_obs: np.zeros(len(action))}, r"must return a tensor of floats .* ndarray"),
+        ({"reward_fn": lambda obs, action, next_obs: action}, r"must return a tensor of floats with shape \(4,\)"),
+        ({"reward_fn": lambda obs, action, next_obs: th.ones(len(action))}, r"returned a tensor without a gradient"),
+    ],
+)
+def test_arguments_that_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)
+
+
+def test_state_dependent_exploration_is_refused():
+    with pytest.raises(ValueError, match=r"`use_sde` must be False"):
+        DHMBPOPolicy(spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,)), lambda _: 1e-3, use_sde=True)
+
+
+def test_features_extractor_is_refused():
+    from stable_baselines3.common.torch_layers import NatureCNN
+
+    with pytest.raises(ValueError, match=r"`features_extractor_class` must be .* not NatureCNN"):
+        make(policy_kwargs={"features_extractor_class": NatureCNN})
+
+
+@pytest.mark.parametrize("when", ["constructor", "learn"])
+def test_normalised_observations_are_refused(when):
+    env = VecNormalize(make_vec_env("Pendulum-v1", 1))
+    with pytest.raises(ValueError, match=r"`env` normalises observations .* leave the wrapper out"):
+        if when == "constructor":
+            make(env)
+        else:
+            agent = make()
+            agent.set_env(env)
+            agent.learn(10)
+
+
+@pytest.mark.parametrize("name", ["n_steps", "use_sde", "target_update_interval"])
+def test_arguments_of_sac_without_a_meaning_are_unknown(name):
+    with pytest.raises(TypeError, match=name):
+        make(**{name: 1})
+
+
+def test_environment_is_not_harmed():
+    check_env(CountingEnv())
+    agent = make(CountingEnv(), learning_starts=50)
+    agent.learn(100)
+    assert agent._n_updates == 8
