@@ -34,11 +34,12 @@ from stable_baselines3.common.logger import configure
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import installed, processor
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.common.buffers import ModelReplayBuffer, ResidentTransitions, model_buffer_size
 from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.common.model_env import ROLLOUTS_AT_ONCE
 from sb3_mbpo.common.update import sac_update, try_update
+from sb3_mbpo.dhmbpo.update import critic_update, joint_update
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.rollouts import rollout
 from sb3_mbpo.dynamics.training import BATCH_SIZE, fit, train_on, train_step, try_step
@@ -237,6 +238,54 @@ def rollouts(task: str, rounds: int) -> Iterator[Result]:
         yield from rates(f"model rollouts, {task}", seconds, 100_000 * length, "transitions/s")
 
 
+def double_horizon(task: str, rounds: int) -> Iterator[Result]:
+    """DHMBPO's updates beside SAC's and their products alone, and what 1,000 steps cost beside MBPO's."""
+    mbpo = MBPO("MlpPolicy", make_env(task), seed=0, compile=True, device="cpu")
+    mbpo.learn(mbpo.learning_starts + 1)
+    agent = DHMBPO("MlpPolicy", make_env(task), seed=0, gradient_steps=20, compile=True, device="cpu")
+    agent.learn(agent.learning_starts)
+    agent.gradient_steps = 1_000
+    sac = SAC("MlpPolicy", make_env(task), seed=0, device="cpu", buffer_size=10_000)
+    sac.replay_buffer = mbpo.replay_buffer
+    for each in (mbpo, agent, sac):
+        each.set_logger(configure(None, []))
+    n = 20
+
+    def updates_of(update: Callable[..., th.Tensor]) -> None:
+        with th.no_grad():
+            agent._some_updates(update, [], n, MINIBATCH)
+
+    runs: dict[str, Callable[[], object]] = {"SB3 SAC": partial(sac.train, n, MINIBATCH)}
+    for name, update in (("joint", joint_update), ("critics alone", critic_update)):
+        runs[name] = partial(updates_of, compiled(update, "cpu"))
+
+        def once(update: Callable[..., th.Tensor] = update) -> None:
+            with th.no_grad():
+                agent._some_updates(update, [], 1, MINIBATCH)
+
+        runs[f"{name}, its matrix products alone"] = repeated(products_alone(once, (5, MINIBATCH, 256)), n)
+    yield from rates(f"DHMBPO's updates, {task}", alternate(runs, rounds), n, "updates/s", "SB3 SAC")
+
+    # In turns, as the machine may be slower at times
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(max(rounds // 5, 1)):
+        for name, each, steps in (("MBPO", mbpo, 250), ("DHMBPO", agent, 1_000)):
+            each.learn(steps, reset_num_timesteps=False)
+            for part in ("model", "rollouts", "updates"):
+                seconds.setdefault((name, part), []).append(each.seconds[part] * 1_000 / steps)
+        start = time.perf_counter()
+        sac.train(500, MINIBATCH)
+        seconds.setdefault(("1,000 updates of SB3's SAC", ""), []).append(2 * (time.perf_counter() - start))
+    for (name, part), values in seconds.items():
+        yield Result(f"1,000 steps, {task}", f"{name} {part}".strip(), "s", values)
+    totals = {
+        name: np.sum([values for (of, _), values in seconds.items() if of == name], axis=0) for name in ("MBPO", "DHMBPO")
+    }
+    for name, total in totals.items():
+        ratio = float(np.median(totals["MBPO"] / total))
+        yield Result(f"1,000 steps, {task}", f"{name}, all", "s", total.tolist(), ratio, "MBPO, all")
+
+
 def peak_gigabytes() -> float:
     """
     Most memory that this process has had in use; NaN where the system is not Linux. `getrusage` would count that of the
@@ -410,7 +459,7 @@ def report(results: list[Result], about: dict[str, Any]) -> None:
 
 def main() -> None:
     """Command line."""
-    sections = ("updates", "model", "rollouts", "loop", "memory", "growth")
+    sections = ("updates", "model", "rollouts", "dhmbpo", "loop", "memory", "growth")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="Parts to run (default: all)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="Sizes to run (default: all)")
@@ -441,6 +490,8 @@ def main() -> None:
             add(model_training(task, args.rounds))
         if "rollouts" in args.sections:
             add(rollouts(task, args.rounds))
+        if "dhmbpo" in args.sections:
+            add(double_horizon(task, args.rounds))
     if "loop" in args.sections:
         for task in args.tasks:
             add(alone(whole_loop, task))
