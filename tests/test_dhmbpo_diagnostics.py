@@ -43,7 +43,7 @@ def test_what_the_actor_promises(trained):
     th.manual_seed(1)
     promised = agent.promised_values(obs)
     th.manual_seed(1)
-    noise = [agent._draw(len(part)).rollout for part in obs.split(16)]
+    noise = [agent._draw_rollout(3, len(part)) for part in obs.split(16)]
     states = obs.split(16)
     for part, noise_of_part, own in zip(states, noise, promised.split(16), strict=True):
         mean, log_std = agent.actor.gaussian(part)

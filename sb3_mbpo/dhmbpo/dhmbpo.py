@@ -23,7 +23,7 @@ from sb3_mbpo.dhmbpo.arguments import check_arguments, check_optimizers
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
 from sb3_mbpo.dhmbpo.callbacks import DHMBPOCallback
 from sb3_mbpo.dhmbpo.policies import ActorLayers, CriticLayers, DHMBPOActor, DHMBPOPolicy, MultiInputPolicy
-from sb3_mbpo.dhmbpo.rollouts import Model, Termination, draw_rollout_noise, roll_out
+from sb3_mbpo.dhmbpo.rollouts import Model, RolloutNoise, Termination, draw_rollout_noise, roll_out, state_step
 from sb3_mbpo.dhmbpo.update import (
     Networks,
     Noise,
@@ -158,8 +158,8 @@ class DHMBPO(ModelBasedSAC):
         seed: int | None = None,
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
-        ensemble_size: int = 8,
-        num_elites: int = 8,
+        ensemble_size: int = 5,
+        num_elites: int = 5,
         model_hidden_sizes: Sequence[int] = (200, 200, 200, 200),
         model_learning_rate: float = 2e-3,
         termination_fn: TransitionFn | None = None,
@@ -316,6 +316,7 @@ class DHMBPO(ModelBasedSAC):
 
     # --- States in which training rollouts start ---
 
+    @th.no_grad()
     def fill_model_buffer(self, model_env: ModelEnv, obs: th.Tensor) -> int:
         """
         Distribution rollouts: add the states that the present policy reaches under the model, those in which it starts
@@ -328,12 +329,33 @@ class DHMBPO(ModelBasedSAC):
         self.model_env, self.real_states = model_env, obs
         n_states = 0
         while n_states < self.batch_size * self.distribution_horizon:
-            start = obs[th.randint(len(obs), (self.batch_size,), device=self.device)].float()
-            alive = [step.next_obs[~step.terminated] for step in model_env.rollout(start, self.distribution_horizon - 1)]
-            for states in (start, *alive):
-                self.model_buffer.extend(states)
-                n_states += len(states)
+            states = self._states_under_the_model(model_env, obs)
+            self.model_buffer.extend(states)
+            n_states += len(states)
         return n_states
+
+    def _states_under_the_model(self, env: ModelEnv, obs: th.Tensor) -> th.Tensor:
+        """Those that are alive, of ``batch_size`` rollouts from some of these on."""
+        step = compiled(state_step, self.device.type) if self._runs_compiled() else state_step
+        networks, model, termination = self._networks(), self._model(env), env.termination_of_tensors
+        parameters = self._live_state(networks).actor.parameters
+        noises = self._draw_rollout(self.distribution_horizon - 1, self.batch_size)
+        current = obs[th.randint(len(obs), (self.batch_size,), device=self.device)].float()
+        goes_on = th.ones(self.batch_size, dtype=th.bool, device=self.device)
+        states, alive = [current], [goes_on]
+        for i in range(self.distribution_horizon - 1):
+            noise = RolloutNoise(*(each[i] for each in noises))
+            actions, next_obs, stays_alive = step(networks.actor, parameters, model, current, noise, termination)
+            goes_on = goes_on & stays_alive
+            next_obs = th.where(goes_on[:, None], next_obs, current)
+            if termination is None:
+                # A user's function of arrays
+                goes_on = goes_on & ~env.termination(current, actions, next_obs)
+                next_obs = th.where(goes_on[:, None], next_obs, current)
+            current = next_obs
+            states.append(current)
+            alive.append(goes_on)
+        return th.stack(states)[th.stack(alive)]
 
     def sample_generated(self, n: int) -> tuple[Any, th.Tensor]:
         """
@@ -360,7 +382,8 @@ class DHMBPO(ModelBasedSAC):
         ent_coef, gamma = entropy_coefficient(state), th.tensor(self.gamma, device=self.device)
         values = []
         for start in batches:
-            arguments = networks.actor, state.actor.parameters, model, start, self._draw(len(start)).rollout
+            noise = self._draw_rollout(self.training_horizon, len(start))
+            arguments = networks.actor, state.actor.parameters, model, start, noise
             rollout = roll_out(*arguments, env.termination, env.reward_of_tensors)
             last = rollout.obs[-1], rollout.actions[-1]
             last_values = critic_values(networks.critic, state.critic.parameters, state.bounds, *last).mean(dim=0)
@@ -382,14 +405,16 @@ class DHMBPO(ModelBasedSAC):
         before, device = networks_state(self), self.device
         env = ModelEnv(self, self.env)
         try:
+            start = th.zeros(self.batch_size, flat_dim(self.observation_space), device=device)
+            networks, model, termination = self._networks(), self._model(env), env.termination_of_tensors
+            parameters = self._live_state(networks).actor.parameters
+            noise = RolloutNoise(*(each[0] for each in self._draw_rollout(1, self.batch_size)))
+            compiled(state_step, device.type)(networks.actor, parameters, model, start, noise, termination)
+            ended = th.zeros(self.training_horizon, self.batch_size, dtype=th.bool, device=device)
             for update in (critic_update, joint_update):
-                start = th.zeros(self.batch_size, flat_dim(self.observation_space), device=device)
-                termination: Any = env.termination_of_tensors
-                if termination is None:
-                    termination = th.zeros(self.training_horizon, self.batch_size, dtype=th.bool, device=device)
-                networks = self._networks()
-                arguments = networks, self._live_state(networks), self._model(env), start, self._draw(self.batch_size)
-                compiled(update, device.type)(*arguments, self._settings(1)[0], termination, env.reward_of_tensors)
+                arguments = networks, self._live_state(networks), model, start, self._draw(self.batch_size)
+                which = ended if termination is None else termination
+                compiled(update, device.type)(*arguments, self._settings(1)[0], which, env.reward_of_tensors)
         finally:
             restore_networks(self, before)
 
@@ -523,12 +548,12 @@ class DHMBPO(ModelBasedSAC):
             mask(env.binary_dims),
         )
 
+    def _draw_rollout(self, horizon: int, batch_size: int) -> RolloutNoise:
+        obs_dim, action_dim = flat_dim(self.observation_space), flat_dim(self.action_space)
+        return draw_rollout_noise(horizon, batch_size, obs_dim, action_dim, self.num_elites, self.device)
+
     def _draw(self, batch_size: int) -> Noise:
-        critic = self.policy.critic
-        rollout = draw_rollout_noise(
-            *(self.training_horizon, batch_size, flat_dim(self.observation_space), flat_dim(self.action_space)),
-            *(self.num_elites, self.device),
-        )
+        critic, rollout = self.policy.critic, self._draw_rollout(self.training_horizon, batch_size)
         two = th.rand(critic.n_critics, device=self.device).argsort()[:2]
         return Noise(rollout, two, critic.draw_dropped(2, batch_size=batch_size))
 

@@ -137,9 +137,9 @@ class BoundedCritics(BaseModel):
         :param obs: Flat, ``(batch, obs_dim)``
         :param actions: In [-1, 1], ``(batch, action_dim)``
         :param dropped: From :meth:`draw_dropped`, to train; none if empty
-        :return: Of all networks, in half widths from the centre of the bounds, ``(n_critics, batch)``
+        :return: Of all networks whose weights these are, in half widths from the centre of the bounds, ``(n_critics, batch)``
         """
-        hidden = th.cat([self.standardise(obs), actions], dim=1).expand(self.n_critics, -1, -1)
+        hidden = th.cat([self.standardise(obs), actions], dim=1).expand(len(self.weights[0]), -1, -1)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer > 0:
                 hidden = self.activation(hidden)

@@ -119,6 +119,34 @@ def model_step(
     return th.where(model.binary, (next_obs > 0.5).to(obs), next_obs), targets[:, 0]
 
 
+def state_step(
+    actor: nn.Module,
+    parameters: Tensors,
+    model: Model,
+    obs: th.Tensor,
+    noise: RolloutNoise,
+    termination: RowFunction | None,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    One step of a distribution rollout.
+
+    :param actor: Architecture
+    :param parameters: The actor's
+    :param model: The model
+    :param obs: ``(batch, obs_dim)``
+    :param noise: Of this step, without the first dimension
+    :param termination: Whether each transition is terminal; None if that is found out elsewhere
+    :return: Actions, ``(batch, action_dim)``, next observations, ``(batch, obs_dim)``, and which of them are finite and not
+        terminal, bool, ``(batch,)``
+    """
+    actions, _ = sample_actions(actor, parameters, obs, noise.actions)
+    next_obs, _ = model_step(model, obs, actions, noise.model, noise.slots)
+    goes_on = next_obs.isfinite().all(dim=1)
+    if termination is not None:
+        goes_on = goes_on & ~termination(obs, actions, next_obs)
+    return actions, next_obs, goes_on
+
+
 def roll_out(
     actor: nn.Module,
     parameters: Tensors,

@@ -143,8 +143,10 @@ def critic_targets(
     :param gamma: Discount factor
     :return: What the critics are to say of the first states and actions, ``(batch,)``
     """
-    values = critic_values(critic, state.target, state.bounds, rollout.obs[-1], rollout.actions[-1])
-    last_values = values[two].amin(dim=0).clamp(state.bounds[0], state.bounds[1])
+    # The others need not be asked
+    parameters = {name: parameter[two] for name, parameter in state.target.items()}
+    values = critic_values(critic, parameters, state.bounds, rollout.obs[-1], rollout.actions[-1])
+    last_values = values.amin(dim=0).clamp(state.bounds[0], state.bounds[1])
     # The entropy of the first action is not part of its value
     return soft_returns(rollout, ent_coef, gamma, last_values) + ent_coef * rollout.log_prob[0]
 
