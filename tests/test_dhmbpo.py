@@ -294,6 +294,14 @@ def test_constant_observations_do_no_harm():
 # --- Everything that users of SAC do ---------------------------------------------------------------------------------
 
 
+def test_compiling_draws_no_random_numbers():
+    """The same agent but for rounding."""
+    eager, compiled = (make(compile=compile, gradient_steps=1, learning_starts=50).learn(50) for compile in (False, True))
+    assert compiled.is_compiled["updates"] and not eager.is_compiled["updates"]
+    th.testing.assert_close(parameters(compiled), parameters(eager), rtol=0, atol=2e-4)
+    th.testing.assert_close(compiled.model_buffer.states[:160], eager.model_buffer.states[:160], rtol=1e-3, atol=1e-3)
+
+
 def test_same_seed_same_agent():
     first, second, other = (make(seed=seed).learn(200) for seed in (3, 3, 4))
     assert (parameters(first) == parameters(second)).all()

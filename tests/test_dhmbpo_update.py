@@ -13,7 +13,7 @@ from torch.func import vjp
 from sb3_mbpo.common.adam import TrainState, coefficients
 from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.dhmbpo.policies import ActorLayers, CriticLayers, DHMBPOPolicy
-from sb3_mbpo.dhmbpo.rollouts import Model, Rollout, draw_rollout_noise, roll_out
+from sb3_mbpo.dhmbpo.rollouts import Model, Rollout, RolloutNoise, draw_rollout_noise, roll_out, state_step
 from sb3_mbpo.dhmbpo.update import (
     Networks,
     Noise,
@@ -579,6 +579,28 @@ def test_compiled_is_eager(update):
         th.testing.assert_close(flat(own.first), flat(other.first), rtol=1e-4, atol=1e-6)
     th.testing.assert_close(flat(eager.state.target), flat(fast.state.target), rtol=1e-4, atol=1e-4)
     th.testing.assert_close(eager.state.bounds, fast.state.bounds)
+
+
+@pytest.mark.parametrize("termination", [far_away, None])
+def test_a_step_of_a_distribution_rollout_is_one_of_a_training_rollout(termination):
+    problem = Problem()
+    rollout = problem.rollout()
+    noise = RolloutNoise(*(each[0] for each in problem.noise.rollout))
+    arguments = problem.networks.actor, problem.state.actor.parameters, problem.model, problem.start, noise, termination
+    actions, next_obs, goes_on = state_step(*arguments)
+    th.testing.assert_close(actions, rollout.actions[0], rtol=0, atol=0)
+    alive = rollout.alive[1] > 0
+    th.testing.assert_close(next_obs[alive], rollout.obs[1][alive], rtol=0, atol=0)
+    assert (goes_on == (alive if termination else th.ones_like(alive))).all() and not alive.all()
+
+
+def test_compiled_step_is_eager():
+    problem = Problem().cast(th.float32)
+    noise = RolloutNoise(*(each[0] for each in problem.noise.rollout))
+    arguments = problem.networks.actor, problem.state.actor.parameters, problem.model, problem.start, noise, far_away
+    with th.no_grad():
+        for own, fast in zip(state_step(*arguments), compiled(state_step, "cpu")(*arguments), strict=True):
+            th.testing.assert_close(own, fast)
 
 
 def test_update_critics_uses_two_of_the_targets():

@@ -402,7 +402,7 @@ class DHMBPO(ModelBasedSAC):
     def try_updates(self) -> None:
         """Make the compiled updates on a batch of zeros, and undo them: they are compiled then."""
         assert self.env is not None
-        before, device = networks_state(self), self.device
+        before, random_state, device = networks_state(self), th.get_rng_state(), self.device
         env = ModelEnv(self, self.env)
         try:
             start = th.zeros(self.batch_size, flat_dim(self.observation_space), device=device)
@@ -417,6 +417,7 @@ class DHMBPO(ModelBasedSAC):
                 compiled(update, device.type)(*arguments, self._settings(1)[0], which, env.reward_of_tensors)
         finally:
             restore_networks(self, before)
+            th.set_rng_state(random_state)
 
     def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
         of_critics, joint = (compiled(update, self.device.type) for update in (critic_update, joint_update))
@@ -481,7 +482,7 @@ class DHMBPO(ModelBasedSAC):
             n = min(UPDATES_PER_ROLLOUT, gradient_steps - done)
             results += self._some_updates(joint, optimizers(self), n, batch_size)
         self.policy.critic_target.bounds.copy_(self.policy.critic.bounds)
-        return th.stack(results), int(sum(result[-1].item() for result in [*critic_results, *results]))
+        return th.stack(results), int(th.stack([result[-1] for result in [*critic_results, *results]]).sum())
 
     def _roll_out_states(self) -> None:
         assert self.model_env is not None and self.real_states is not None
