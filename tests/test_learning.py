@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from tests.envs import PointEnv
 
 
@@ -53,15 +53,49 @@ def test_learns_from_what_the_model_generates(real_ratio):
     assert after < before / 2, (before, after)
 
 
+@pytest.mark.parametrize("reward_fn", [None, lambda obs, action, next_obs: -next_obs[:, 0].abs()])
+def test_learns_through_the_model(reward_fn):
+    """DHMBPO, with a reward that is predicted and with one that is given."""
+    agent = DHMBPO(
+        "MlpPolicy",
+        PointEnv(price=0),
+        learning_starts=200,
+        train_freq=50,
+        gradient_steps=50,
+        learning_rate=1e-3,
+        batch_size=64,
+        policy_kwargs={"net_arch": [32, 32]},
+        gamma=0.9,
+        ent_coef=0.05,
+        model_hidden_sizes=[32, 32],
+        ensemble_size=3,
+        num_elites=2,
+        training_horizon=3,
+        distribution_horizon=5,
+        reward_fn=reward_fn,
+        seed=0,
+    )
+    before = mean_regret(agent)
+    agent.learn(400)
+    after = mean_regret(agent)
+    assert after < before / 4, (before, after)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("env, steps, bar", [("InvertedPendulum-v5", 5_000, 950), ("Pendulum-v1", 3_000, -250)])
-def test_tuned_hyperparameters_learn(env, steps, bar, seed, tmp_path):
+@pytest.mark.parametrize(
+    "algo, env, steps, bar",
+    [
+        *(("mbpo", "InvertedPendulum-v5", 5_000, 950), ("mbpo", "Pendulum-v1", 3_000, -250)),
+        *(("dhmbpo", "InvertedPendulum-v5", 5_000, 950), ("dhmbpo", "Pendulum-v1", 5_000, -250)),
+    ],
+)
+def test_tuned_hyperparameters_learn(algo, env, steps, bar, seed, tmp_path):
     """Through the zoo, as a user would: the best of the evaluations, of 20 episodes each."""
-    command = ["-m", "sb3_mbpo.zoo", "train", "--algo", "mbpo", "--env", env, "--seed", str(seed), "-f", str(tmp_path)]
+    command = ["-m", "sb3_mbpo.zoo", "train", "--algo", algo, "--env", env, "--seed", str(seed), "-f", str(tmp_path)]
     subprocess.run(
         [sys.executable, *command, "-n", str(steps), "--eval-freq", "500", "--eval-episodes", "20", "--num-threads", "2"],
         check=True,
     )
-    evaluations = np.load(tmp_path / "mbpo" / f"{env}_1" / "evaluations.npz")
+    evaluations = np.load(tmp_path / algo / f"{env}_1" / "evaluations.npz")
     assert evaluations["results"].mean(axis=1).max() >= bar, evaluations["results"].mean(axis=1)
