@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import MlpPolicy as SACMlpPolicy
 
 from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
 from sb3_mbpo.dhmbpo.policies import DHMBPOPolicy
 from tests.envs import CountingEnv
@@ -100,24 +101,88 @@ def test_random_until_learning_starts():
     assert len(own) == 50 and own.mean() < 0.5
 
 
+@pytest.fixture
+def updates(monkeypatch):
+    """How many of each training; none is made."""
+    made = []
+    monkeypatch.setattr(DHMBPO, "train", lambda self, gradient_steps, batch_size: made.append(gradient_steps))
+    monkeypatch.setattr(DHMBPO, "_n_updates", property(lambda self: sum(made), lambda self, value: None), raising=False)
+    return made
+
+
 @pytest.mark.parametrize(
-    "kwargs, steps, updates",
+    "kwargs, steps, expected",
     [
         ({"gradient_steps": -1}, 200, [100, 50, 50]),
         ({"train_freq": (1, "episode"), "gradient_steps": 3}, 600, [3, 3, 3]),
         ({"train_freq": (1, "episode"), "gradient_steps": -1}, 600, [200, 200, 200]),
-        ({"gradient_steps": 0}, 200, []),
+        # The first three episodes at once
+        ({"train_freq": (1, "episode"), "gradient_steps": 3, "learning_starts": 600}, 800, [9, 3]),
+        ({"train_freq": (1, "episode"), "gradient_steps": -1, "learning_starts": 600}, 800, [600, 200]),
+        ({"gradient_steps": 0}, 200, [0, 0, 0]),
         ({"learning_starts": 0}, 100, [4, 4]),
     ],
 )
-def test_gradient_steps(kwargs, steps, updates, monkeypatch):
-    made = []
-    train = DHMBPO.train
-    monkeypatch.setattr(DHMBPO, "train", lambda self, gradient_steps, batch_size: made.append(gradient_steps))
-    monkeypatch.setattr(DHMBPO, "_n_updates", property(lambda self: sum(made), lambda self, value: None), raising=False)
+def test_gradient_steps(kwargs, steps, expected, updates):
     make(**kwargs).learn(steps)
-    assert [each for each in made if each] == updates
-    assert train is not DHMBPO.train
+    assert updates == expected
+
+
+def test_episodes_count_in_the_agents_life(updates):
+    agent = make(train_freq=(1, "episode"), gradient_steps=3, learning_starts=600)
+    agent.learn(400)
+    assert updates == []
+    agent.learn(200)
+    assert updates == [9]
+
+
+@pytest.mark.parametrize(
+    "kwargs, steps, planned",
+    [
+        ({}, 99, 0),
+        # Those for the random steps, too
+        ({}, 100, 8),
+        ({}, 1_000, 80),
+        ({"gradient_steps": -1}, 1_000, 1_000),
+        ({"train_freq": (1, "episode")}, 1_000, 1_000),
+    ],
+)
+def test_planned_updates(kwargs, steps, planned, updates):
+    agent = make(**kwargs)
+    assert agent.planned_updates(steps) == planned
+    if planned == 80:
+        agent.learn(steps)
+        assert sum(updates) == planned
+
+
+def test_distribution_rollouts_between_updates():
+    """One for the critics' updates, and one before each 20 joint ones; each has all the states that it should."""
+    agent = make(gradient_steps=45, termination_fn=lambda obs, action, next_obs: next_obs[:, 2] > 2)
+    fill, made = agent.fill_model_buffer, []
+    agent.fill_model_buffer = lambda *arguments: made.append((agent.critic.optimizer.state, fill(*arguments))) or made[-1][1]
+    with pytest.warns(UserWarning, match="`termination_fn` disagrees"):
+        agent.learn(150)
+    # Twice 45 for the random blocks, then 45
+    assert len(made) == (1 + 5) + (1 + 3)
+    assert all(16 * 5 <= n < 2 * 16 * 5 for _, n in made)
+    assert len(agent.model_buffer.states) == 10 * 16 * 5
+
+
+def test_what_was_learned_on_is_renewed_with_each_block():
+    agent = make()
+    agent.learn(100)
+    mean = agent.actor.standardise.mean.clone()
+    assert len(agent.real_states) == 100
+    agent.learn(50, reset_num_timesteps=False)
+    assert len(agent.real_states) == 150 and (agent.actor.standardise.mean != mean).all()
+
+
+def test_buffer_of_states_follows_the_arguments():
+    agent = make()
+    agent.learn(100)
+    agent.distribution_horizon, agent.batch_size = 9, 32
+    agent.learn(50, reset_num_timesteps=False)
+    assert len(agent.model_buffer.states) == 10 * 32 * 9
 
 
 def test_parallel_environments():
@@ -181,8 +246,8 @@ def test_state_buffer_holds_the_newest(capacity, sizes):
     assert buffer.size() == len(newest)
     if newest:
         assert sorted(buffer.states[: buffer.size()].flatten().tolist()) == newest
-        drawn = buffer.sample(200, 2)
-        assert drawn.shape == (200, 2, 1) and set(drawn.flatten().tolist()) <= set(newest)
+        drawn = buffer.sample(400)
+        assert drawn.shape == (400, 1) and set(drawn.flatten().tolist()) <= set(newest)
         if capacity <= 3:
             assert set(drawn.flatten().tolist()) == set(newest)
 
@@ -295,11 +360,13 @@ def test_constant_observations_do_no_harm():
 
 
 def test_compiling_draws_no_random_numbers():
-    """The same agent but for rounding."""
-    eager, compiled = (make(compile=compile, gradient_steps=1, learning_starts=50).learn(50) for compile in (False, True))
-    assert compiled.is_compiled["updates"] and not eager.is_compiled["updates"]
-    th.testing.assert_close(parameters(compiled), parameters(eager), rtol=0, atol=2e-4)
-    th.testing.assert_close(compiled.model_buffer.states[:160], eager.model_buffer.states[:160], rtol=1e-3, atol=1e-3)
+    after = []
+    for compile in (False, True):
+        agent = make(compile=compile, gradient_steps=1, learning_starts=50).learn(50)
+        assert agent.is_compiled["updates"] == compile
+        after.append((agent.model_buffer.states[:16], th.rand(5)))
+    # The states in which the first distribution rollout starts, and what is drawn next
+    assert all((eager == compiled).all() for eager, compiled in zip(*after, strict=True))
 
 
 def test_same_seed_same_agent():
@@ -335,9 +402,22 @@ def test_eval_callback_and_set_env():
     callback = EvalCallback(gym.make("Pendulum-v1"), n_eval_episodes=1, eval_freq=100, verbose=0)
     agent.learn(200, callback=callback)
     assert np.isfinite(callback.last_mean_reward)
+    before = agent.model_env
     agent.set_env(gym.make("Pendulum-v1", g=5.0))
+    # Also without a new block
+    agent.train(1)
+    assert agent.model_env is not before and agent.model_env.env is agent.env
     agent.learn(100, reset_num_timesteps=False)
-    assert agent.num_timesteps == 300
+    assert agent.num_timesteps == 300 and agent.model_env.env is agent.env
+
+
+def test_environment_that_is_set_decides_on_terminations():
+    agent = make("Hopper-v5").learn(100)
+    states = th.tensor([[1.2, *[0.0] * 10]])
+    assert not agent.model_env.termination(states, th.zeros(1, 3), states)
+    agent.set_env(gym.make("Hopper-v5", healthy_z_range=(1.3, 2.0)))
+    agent.learn(50, reset_num_timesteps=False)
+    assert agent.model_env.termination(states, th.zeros(1, 3), states)
 
 
 def test_exact_resume(tmp_path):
@@ -350,6 +430,9 @@ def test_exact_resume(tmp_path):
         loaded = DHMBPO.load(tmp_path / "agent", env=gym.make("Pendulum-v1"))
         loaded.load_replay_buffer(tmp_path / "buffer")
         assert loaded._n_updates == agent._n_updates and loaded.replay_buffer.size() == 200
+        assert loaded.log_ent_coef == agent.log_ent_coef
+        for own, saved in ((loaded.policy, agent.policy), (loaded.dynamics, agent.dynamics)):
+            assert all((tensor == saved.state_dict()[name]).all() for name, tensor in own.state_dict().items())
         loaded.set_random_seed(5)
         loaded.learn(100, reset_num_timesteps=False)
         # Neither random steps nor the updates for them again
@@ -365,6 +448,8 @@ def test_goes_on_without_the_replay_buffer(tmp_path):
     # Too few transitions would spoil the loaded model, but not the policy's updates
     loaded.learn(50)
     assert loaded._n_updates == n_updates + 4 and (loaded.dynamics.weights[0] == weights).all()
+    # Starts are all that there is
+    assert len(loaded.real_states) == 50
     loaded.learn(100)
     assert (loaded.dynamics.weights[0] != weights).any()
 
@@ -394,6 +479,24 @@ def test_reward_fn():
     make(reward_fn=pendulum_reward).learn(150, callback=record)
     # The environment's own, of the real transitions; actions are in its units, from -2 to 2
     assert record.rows[-1] == 0
+
+
+def test_reward_fn_gets_float32_whatever_the_spaces_are():
+    class InFloat64(gym.Wrapper):
+        def __init__(self):
+            super().__init__(gym.make("Pendulum-v1"))
+            self.observation_space = spaces.Box(-10, 10, (3,), np.float64)
+            self.action_space = spaces.Box(-2, 2, (1,), np.float64)
+
+    seen = set()
+
+    def reward(obs, action, next_obs):
+        seen.add((obs.dtype, action.dtype, next_obs.dtype))
+        # A constant of NumPy makes the result float64
+        return pendulum_reward(obs, action, next_obs) * th.as_tensor(np.ones(len(action)))
+
+    agent = make(InFloat64(), reward_fn=reward).learn(100)
+    assert seen == {(th.float32,) * 3} and agent._n_updates == 8
 
 
 def test_reward_fn_of_dict_observations_gets_dictionaries():
@@ -436,6 +539,9 @@ def test_divergence_is_undone():
         agent.learn(100)
     assert parameters(agent).isfinite().all() and agent.critic.bounds.isfinite().all()
     assert agent.logger.name_to_value == {}
+    # A reward function has no part in it
+    with pytest.raises(DivergenceError, match=r"Lower `learning_rate`\.$"):
+        make(learning_rate=1e30, reward_fn=pendulum_reward).learn(100)
 
 
 def test_reward_fn_that_is_not_finite_is_named():

@@ -5,14 +5,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch as th
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.common.buffers import recent_trajectories
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.diagnostics import DiagnosticsCallback
 from sb3_mbpo.diagnostics.__main__ import main
 from sb3_mbpo.diagnostics.policy_shift import continued
 from sb3_mbpo.diagnostics.trajectories import collect
-from sb3_mbpo.diagnostics.values import value_check
+from sb3_mbpo.diagnostics.values import q_values, value_check
 from tests.test_dhmbpo import make, parameters
 
 
@@ -62,12 +65,14 @@ def test_what_the_actor_promises(trained):
 
 
 def test_policy_goes_on_without_new_data(trained):
-    before, size = parameters(trained), trained.replay_buffer.size()
+    before, size, states = parameters(trained), trained.replay_buffer.size(), trained.model_buffer.states.clone()
     policies = continued(trained.model_env, n_policies=2, updates=3)
     assert len(policies) == 2 and all((parameters(policy) != before).any() for policy in policies)
     assert (parameters(policies[0]) != parameters(policies[1])).any()
-    # The agent is as it was
+    # The agent is as it was, its buffer of states too
     assert (parameters(trained) == before).all() and trained.replay_buffer.size() == size
+    assert (trained.model_buffer.states == states).all() and trained.model_env.agent is trained
+    assert policies[0].real_states is trained.real_states and policies[0].model_env.agent is policies[0]
 
 
 def test_policy_goes_on_in_a_loaded_agent(trained, tmp_path):
@@ -106,9 +111,30 @@ def test_callback_measures_before_each_training(tmp_path):
     assert {"diagnostics/q_bias", "diagnostics/model_return", "diagnostics/q_model", "diagnostics/promised"} <= set(table)
 
 
-def test_diagnostics_do_not_disturb(trained):
-    plain = make()
+def test_diagnostics_do_not_disturb():
+    plain = make(gamma=0.9)
     plain.learn(200)
-    watched = make()
+    watched = make(gamma=0.9)
     watched.learn(200, callback=DiagnosticsCallback(freq=100, horizon=3))
     assert (parameters(plain) == parameters(watched)).all()
+
+
+def test_values_are_in_the_environments_rewards():
+    """`VecNormalize` changes nothing of what is learned, and nothing of what is said of it."""
+    checks = []
+    for normalises in (False, True):
+        env = make_vec_env("Pendulum-v1", 1, seed=0)
+        agent = make(VecNormalize(env, norm_obs=False) if normalises else env, gamma=0.9).learn(200)
+        assert not agent.uses_vec_normalize
+        trajectories = recent_trajectories(agent.replay_buffer, 100, "cpu", agent.get_vec_normalize_env())
+        th.manual_seed(0)
+        checks.append(value_check(agent, trajectories))
+    np.testing.assert_allclose(checks[0].returns, checks[1].returns, rtol=1e-5)
+    np.testing.assert_allclose(checks[0].q_real, checks[1].q_real, rtol=1e-5)
+    np.testing.assert_allclose(checks[0].gained, checks[1].gained, rtol=1e-5)
+
+
+def test_q_values_are_the_critics_mean(trained):
+    obs, actions = trained.sample_generated(20)
+    expected = th.stack([values.squeeze(1) for values in trained.critic(obs, actions)]).mean(dim=0)
+    th.testing.assert_close(q_values(trained, obs, actions), expected)

@@ -13,7 +13,7 @@ from torch.func import vjp
 from sb3_mbpo.common.adam import TrainState, coefficients
 from sb3_mbpo.common.compilation import compiled
 from sb3_mbpo.dhmbpo.policies import ActorLayers, CriticLayers, DHMBPOPolicy
-from sb3_mbpo.dhmbpo.rollouts import Model, Rollout, RolloutNoise, draw_rollout_noise, roll_out, state_step
+from sb3_mbpo.dhmbpo.rollouts import Model, Rollout, RolloutNoise, draw_rollout_noise, model_step, roll_out, state_step
 from sb3_mbpo.dhmbpo.update import (
     Networks,
     Noise,
@@ -257,6 +257,19 @@ def test_batch_is_split_evenly_among_elites():
     # A batch that cannot be split evenly: each row once, too
     uneven = draw_rollout_noise(1, BATCH - 1, OBS, ACTION, MEMBERS, th.device("cpu")).slots
     assert sorted(uneven[0].tolist()) == list(range(BATCH))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 11])
+def test_batches_that_cannot_be_split_evenly(n):
+    """Each row is what its elite says of it, whatever fills the slots that are left."""
+    problem = Problem()
+    noise = draw_rollout_noise(1, n, OBS, ACTION, MEMBERS, th.device("cpu"))
+    arguments = problem.start[:n], th.zeros(n, ACTION, dtype=th.float64), noise.model[0].double(), noise.slots[0]
+    next_obs, rewards = model_step(problem.model, *arguments)
+    for row in range(n):
+        member = int((noise.slots[0] == row).nonzero()) // (len(noise.slots[0]) // MEMBERS)
+        by_hand = model_by_hand(problem, arguments[0][row], arguments[1][row], arguments[2][row], member)
+        th.testing.assert_close((next_obs[row], rewards[row]), by_hand)
 
 
 def test_reward_has_no_noise_and_observations_do():
@@ -504,33 +517,23 @@ def test_terminations_that_were_found_out_before():
 
 
 def test_rows_that_have_ended_bring_nothing_into_a_gradient():
-    """Where a row ends, the gradient of the reward function is not a number from then on."""
-    visits = []
+    """From the step after its end on, the gradient of the reward function is not a number for such a row."""
+    steps = []
+
+    def after_two(obs, actions, next_obs):
+        return (th.arange(BATCH) < 4) & (len(steps) >= 2)
 
     def root(obs, actions, next_obs):
-        visits.append((obs[:, 0] == 2.0).sum().item())
-        # Of a row that stays at 2 its derivative is 0 * inf
-        return 0.1 * obs[:, 1] + (obs[:, 0] - 2.0).abs().sqrt()
-
-    def at_once(obs, actions, next_obs):
-        return obs[:, 0] == 2.0
+        steps.append(0)
+        # 0 of what has ended, and a root has no derivative there
+        from_here = (th.arange(BATCH) < 4) & (len(steps) > 2)
+        size = (actions[:, 0] * obs[:, 0]).square() * ~from_here
+        return 0.1 * obs[:, 1] + th.where(from_here, size.sqrt(), 0.0)
 
     problem = Problem()
-    problem.start[:4, 0] = 2.0
-    rollout = problem.rollout(at_once, root)
-    assert rollout.alive[1].tolist() == [0.0] * 4 + [1.0] * 8
-    # In its last transition, which counts, a reward without a derivative is the function's fault. After it:
-    problem.noise = problem.noise._replace(rollout=problem.noise.rollout)
-
-    def only_later(obs, actions, next_obs):
-        is_first = len(visits) == 0
-        visits.append(0)
-        return 0.1 * obs[:, 1] if is_first else 0.1 * obs[:, 1] + (obs[:, 0] - 2.0).abs().sqrt()
-
-    visits.clear()
-    results = joint_update(*problem.arguments(at_once, only_later))
-    assert len(visits) == HORIZON
-    assert results.isfinite().all()
+    results = joint_update(*problem.arguments(after_two, root))
+    assert len(steps) == HORIZON
+    assert results.isfinite().all() and results[4] < 1
     assert flat(problem.state.actor.parameters).isfinite().all()
     assert flat(gradient(problem.state.actor)).abs().max() > 0
 
@@ -546,6 +549,17 @@ def test_what_is_no_number_ends_a_rollout_and_is_counted():
     assert (rollout.alive[1:][lost] == 0).all() and (rollout.alive[:-1][lost] == 1).all()
     assert joint_update(*problem.arguments(far_away, with_infinity))[-1] == lost.sum()
     assert problem.rollout().lost.sum() == 0
+    # What the networks make is not the reward's fault
+    problem.start[0, 0] = th.nan
+    rollout = problem.rollout(far_away, lambda obs, actions, next_obs: next_obs[:, 0])
+    assert rollout.lost.sum() == 0 and rollout.alive[1, 0] == 0
+
+
+def test_reward_in_another_precision():
+    problem = Problem().cast(th.float32)
+    rollout = problem.rollout(far_away, lambda obs, actions, next_obs: -next_obs[:, 0].double())
+    assert rollout.rewards.dtype == th.float32
+    assert joint_update(*problem.arguments(far_away, lambda obs, actions, next_obs: -next_obs[:, 0].double())).isfinite().all()
 
 
 def test_goals_stay_and_bits_are_bits():

@@ -70,7 +70,7 @@ def check_arguments(agent: "ModelBasedSAC") -> None:
     for name in ("termination_fn", "reward_fn"):
         fn, is_reward = getattr(agent, name), name == "reward_fn"
         if fn is not None and is_reward and agent.needs_gradients:
-            check_tensor_fn(fn, name, agent.observation_space, agent.action_space)
+            check_tensor_fn(fn, name, agent.observation_space, agent.action_space, agent.device)
         elif fn is not None:
             check_transition_fn(fn, name, agent.observation_space, agent.action_space, boolean=not is_reward)
 

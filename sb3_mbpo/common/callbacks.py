@@ -254,8 +254,8 @@ class DynamicsCallback(BaseCallback):
                 "r2",
                 f"The model predicts {' and '.join(poor)} no better than a constant: on {result.n_measured:,} held-out "
                 f"transitions, {quality} (1 is perfect, 0 a constant). More data may help (`learning_starts`), "
-                f"more training (`model_gradient_steps`), and {'; '.join(advice)}. If nothing does, `real_ratio=1` learns "
-                "without the model.",
+                f"more training (`model_gradient_steps`), and {'; '.join(advice)}. If nothing does, SAC learns without a "
+                "model (MBPO with `real_ratio=1`).",
             )
         return quality
 

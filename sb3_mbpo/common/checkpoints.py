@@ -107,8 +107,8 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
         raise ValueError(f"The file {file} is damaged: the checksum of '{damaged}' in it is wrong")
     if OWN_ENTRY not in names:
         raise ValueError(
-            f"The file {file} was not saved by MBPO: it has no dynamics model. Load it with the algorithm that saved it; "
-            "to start with the policy of a SAC, make an agent and call "
+            f"The file {file} was not saved by MBPO or DHMBPO: it has no dynamics model. Load it with the algorithm that "
+            "saved it; to start with the policy of a SAC, make an agent of MBPO and call "
             f"`agent.set_parameters({str(path)!r}, exact_match=False)`."
         )
     if OLD_ARGUMENT in attributes:

@@ -64,13 +64,20 @@ def planned_updates(agent: "ModelBasedSAC", total_timesteps: int) -> float:
     :return: How many gradient updates there will be until then; where it depends on the length of episodes, one for each step
     """
     warm_up = max(agent.learning_starts - agent.lifetime_timesteps, 0)
-    steps = max(total_timesteps - agent.num_timesteps - warm_up, 0)
+    return max(total_timesteps - agent.num_timesteps - warm_up, 0) * updates_per_step(agent)
+
+
+def updates_per_step(agent: "ModelBasedSAC") -> float:
+    """
+    :param agent: Any
+    :return: Gradient updates for each environment step; 1 where it depends on the length of episodes
+    """
     assert isinstance(agent.train_freq, TrainFreq)
     is_in_steps = agent.train_freq.unit is TrainFrequencyUnit.STEP and agent.train_freq.frequency > 0
     if agent.gradient_steps < 0 or not is_in_steps:
         # How long episodes are is not known; what is no frequency SB3 refuses later
-        return steps
-    return steps * agent.gradient_steps / (agent.train_freq.frequency * agent.n_envs)
+        return 1.0
+    return agent.gradient_steps / (agent.train_freq.frequency * agent.n_envs)
 
 
 def compile_all(agent: "ModelBasedSAC", n_updates: float) -> dict[str, str | None]:

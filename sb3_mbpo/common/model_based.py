@@ -57,6 +57,9 @@ class ModelBasedSAC(SAC):
     min_updates_to_compile: ClassVar[int]
     # Whether gradients pass through the model, and so through `reward_fn`
     needs_gradients: ClassVar[bool] = False
+    # Whether critics learn the rewards that `VecNormalize` makes, or those of the environment
+    learns_normalised_rewards: ClassVar[bool] = True
+    advice_on_divergence: ClassVar[str] = "Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
     # What was generated, for gradient updates to sample from
     model_buffer: GeneratedBuffer
 
@@ -248,6 +251,26 @@ class ModelBasedSAC(SAC):
         """
         return self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
 
+    def planned_updates(self, total_timesteps: int) -> float:
+        """
+        :param total_timesteps: At which ``num_timesteps`` training ends
+        :return: How many gradient updates there will be until then; where it depends on the length of episodes, one for each
+            step
+        """
+        return planned_updates(self, total_timesteps)
+
+    @property
+    def not_copied(self) -> list[object]:
+        """What copies of the agent, made to be trained without new data, can share with it: it is only read."""
+        return [self.replay_buffer, self.env, self._vec_normalize_env, self.dynamics]
+
+    def combine(self, values: th.Tensor) -> th.Tensor:
+        """
+        :param values: Of all critics for the same actions, ``(n, n_critics)``
+        :return: What the algorithm makes of them, ``(n,)``: the lowest
+        """
+        return values.amin(dim=1)
+
     def learn(
         self: SelfModelBasedSAC,
         total_timesteps: int,
@@ -318,7 +341,7 @@ class ModelBasedSAC(SAC):
             self.log_divergence("train")
             raise DivergenceError(
                 f"Gradient updates diverged at step {self.num_timesteps:,}: a weight of the policy is not finite. The weights "
-                "are those from before. Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
+                f"are those from before. {self.advice_on_divergence}"
             ) from error
         self.logger.record("train/compiled", int(is_compiled))
         # An algorithm may make rollouts in between
@@ -348,7 +371,7 @@ class ModelBasedSAC(SAC):
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if reset_num_timesteps:
             self._steps_before_reset += steps
-        self.uses_vec_normalize = self.get_vec_normalize_env() is not None
+        self.uses_vec_normalize = self.get_vec_normalize_env() is not None and self.learns_normalised_rewards
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         lifetime_timesteps = self.lifetime_timesteps + result[0] - self.num_timesteps
         if self.verbose >= 1 and not self._is_over(lifetime_timesteps):
@@ -357,7 +380,7 @@ class ModelBasedSAC(SAC):
                 f"(`learning_starts`), and it will have made {lifetime_timesteps:,}"
             )
         start = time.perf_counter()
-        reasons = compile_all(self, planned_updates(self, result[0]))
+        reasons = compile_all(self, self.planned_updates(result[0]))
         self.is_compiled = {what: reasons.get(what, "") is None for what in self.is_compiled}
         self.seconds["compile"] = time.perf_counter() - start
         report_compilation(self, reasons)

@@ -151,7 +151,10 @@ class ModelEnv:
         """The user's function, through which gradients pass, in a compiled graph."""
         reward_fn, action_space = cast(TensorFn, self.agent.reward_fn), self.agent.action_space
         assert isinstance(action_space, spaces.Box)
-        low, high = (th.as_tensor(each, device=self.agent.device).flatten() for each in (action_space.low, action_space.high))
+        low, high = (
+            th.as_tensor(each, dtype=th.float32, device=self.agent.device).flatten()
+            for each in (action_space.low, action_space.high)
+        )
         shape = action_space.shape
         # What gradients do not need is worked out here, once
         parts = split(self.agent.observation_space)
@@ -198,7 +201,7 @@ class ModelEnv:
 
     def _tensor_reward(self, obs: th.Tensor, actions: th.Tensor, next_obs: th.Tensor, finite: bool) -> th.Tensor:
         assert self.reward_of_tensors is not None
-        rewards = self.reward_of_tensors(obs.float(), actions, next_obs.float())
+        rewards = self.reward_of_tensors(obs.float(), actions, next_obs.float()).float()
         if finite and not rewards.isfinite().all():
             row = int(rewards.isfinite().int().argmin())
             example = describe_row(*self.as_environment(obs, actions, next_obs), row)

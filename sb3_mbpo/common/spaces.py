@@ -26,7 +26,7 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
         and of ``MultiBinary``, and actions a bounded ``Box`` of floats
     """
     has = f"`env` has the observation space {observation_space}."
-    allowed = "MBPO supports Box observations of floats, of any shape but (), and Dict observations made of them"
+    allowed = "Supported are Box observations of floats, of any shape but (), and Dict observations made of them"
     as_floats = "gymnasium.wrappers.DtypeObservation(env, np.float32)"
     if isinstance(observation_space, spaces.Dict):
         for name, part in observation_space.items():

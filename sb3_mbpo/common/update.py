@@ -208,15 +208,24 @@ def update_ent_coef(
     return value
 
 
-def update_target(state: State, tau: th.Tensor) -> None:
+def update_target(targets: Tensors, critics: Tensors, tau: th.Tensor) -> None:
     """
     Move the target critics towards the critics ("Polyak update"), in place.
 
-    :param state: Its target critics are changed
+    :param targets: Parameters of the target critics, which are changed
+    :param critics: Parameters of the critics
     :param tau: Share of the critics, a scalar from 0 to 1
     """
-    for target, critic in zip(state.target.values(), state.critic.parameters.values(), strict=True):
+    for target, critic in zip(targets.values(), critics.values(), strict=True):
         target.mul_(1 - tau).add_(tau * critic)
+
+
+def entropy_coefficient(ent_coef: TrainState) -> th.Tensor:
+    """
+    :param ent_coef: Its logarithm, if it is learned; else itself, without moments
+    :return: Entropy coefficient, ``(1,)``
+    """
+    return ent_coef.parameters["log_ent_coef"].exp() if ent_coef.first else ent_coef.parameters["ent_coef"]
 
 
 CriticUpdate = Callable[[Networks, State, Batch, th.Tensor, Settings], th.Tensor]
@@ -236,12 +245,11 @@ def sac_update(
     :param update_critic: What critics learn
     :return: Loss of the critics, of the actor, of the entropy coefficient, and the latter from before: ``(4,)``
     """
-    is_fixed = not state.ent_coef.first
-    ent_coef = state.ent_coef.parameters["ent_coef"] if is_fixed else state.ent_coef.parameters["log_ent_coef"].exp()
+    ent_coef = entropy_coefficient(state.ent_coef)
     critic_loss = update_critic(networks, state, batch, ent_coef, settings)
     actor_loss, log_prob = update_actor(networks, state, batch, ent_coef, settings)
     ent_coef_loss = update_ent_coef(state.ent_coef, log_prob, settings.ent_coef, settings.target_entropy)
-    update_target(state, settings.tau)
+    update_target(state.target, state.critic.parameters, settings.tau)
     return th.stack([critic_loss, actor_loss, ent_coef_loss, ent_coef.squeeze()])
 
 

@@ -33,9 +33,9 @@ class StateBuffer:
         self.position = (self.position + len(states)) % capacity
         self.n = min(self.n + len(states), capacity)
 
-    def sample(self, *shape: int) -> th.Tensor:
+    def sample(self, n: int) -> th.Tensor:
         """
-        :param shape: How many
-        :return: States drawn with replacement, ``(*shape, obs_dim)``
+        :param n: How many
+        :return: States drawn with replacement, ``(n, obs_dim)``
         """
-        return self.states[th.randint(self.n, shape, device=self.states.device)]
+        return self.states[th.randint(self.n, (n,), device=self.states.device)]

@@ -20,8 +20,8 @@ class DHMBPOCallback(DynamicsCallback):
     model: "DHMBPO"
 
     def _needs_rollouts(self) -> bool:
-        # After loading, there are no states
-        return self.model.real_states is None
+        # Where updates start, also if the model is not trained again (after loading without the replay buffer)
+        return True
 
     def _use_model(self, transitions: Transitions) -> None:
         agent, dim = self.model, transitions.obs.shape[1]

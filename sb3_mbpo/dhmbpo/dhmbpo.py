@@ -1,5 +1,6 @@
 """DHMBPO as a user of Stable-Baselines3 meets it: constructor, and what is done after each block of steps. No mathematics."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -13,12 +14,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Rollout
 from torch import nn
 
 from sb3_mbpo.common.adam import TrainState, coefficients, count_steps, live_tensors
-from sb3_mbpo.common.compilation import compiled
+from sb3_mbpo.common.compilation import compiled, updates_per_step
 from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.model_based import ModelBasedSAC
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.common.spaces import flat_dim
-from sb3_mbpo.common.update import has_finite_networks, networks_state, optimizers, restore_networks
+from sb3_mbpo.common.update import entropy_coefficient, has_finite_networks, networks_state, optimizers, restore_networks
 from sb3_mbpo.dhmbpo.arguments import check_arguments, check_optimizers
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
 from sb3_mbpo.dhmbpo.callbacks import DHMBPOCallback
@@ -31,10 +32,10 @@ from sb3_mbpo.dhmbpo.update import (
     State,
     critic_update,
     critic_values,
-    entropy_coefficient,
     joint_update,
     soft_returns,
 )
+from sb3_mbpo.diagnostics.undisturbed import undisturbed
 from sb3_mbpo.dynamics.user_functions import TensorFn, TransitionFn
 
 __all__ = ["DHMBPO", "DHMBPOPolicy", "MultiInputPolicy"]
@@ -73,14 +74,15 @@ class DHMBPO(ModelBasedSAC):
     :param buffer_size: size of the replay buffer (real transitions)
     :param learning_starts: how many environment steps of random actions to collect before anything is learned. Counted once
         in the agent's life: not again at the next ``learn()`` or after loading.
-    :param batch_size: Rollouts in each gradient update, and in each distribution rollout
+    :param batch_size: Number of rollouts that are made side by side, in each gradient update and for the states it starts in
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     :param gamma: the discount factor, below 1
     :param train_freq: Steps of a block, after which model and policy are trained. Alternatively pass a tuple of frequency and
-        unit like ``(1000, "step")`` or ``(2, "episode")``. For tasks of a few thousand steps in all, 250.
+        unit like ``(1000, "step")`` or ``(2, "episode")``. For tasks of a few thousand steps in all, 250, and as many
+        ``gradient_steps``.
     :param gradient_steps: How many updates of actor and critics to do after each block; a quarter as many of the critics alone
-        come before. The first time there are as many for each of the random steps. Set to ``-1`` means to do as many as there
-        were steps in the block.
+        come before. The first time there are as many for each block of random steps. Set to ``-1`` means to do as many as
+        there were steps in the block.
     :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
         Not used in model rollouts.
     :param replay_buffer_class: Replay buffer class to use for the real transitions.
@@ -129,6 +131,8 @@ class DHMBPO(ModelBasedSAC):
     name: ClassVar[str] = "DHMBPO"
     min_updates_to_compile: ClassVar[int] = 2_000
     needs_gradients: ClassVar[bool] = True
+    learns_normalised_rewards: ClassVar[bool] = False
+    advice_on_divergence: ClassVar[str] = "Lower `learning_rate`."
     policy: DHMBPOPolicy
     actor: DHMBPOActor
     model_buffer: StateBuffer
@@ -207,6 +211,8 @@ class DHMBPO(ModelBasedSAC):
         self.training_horizon = training_horizon
         self.distribution_horizon = distribution_horizon
 
+        # Episodes of earlier calls of `learn()`, whose count was reset
+        self._episodes_before_reset = 0
         # What the model was last trained on, and the model as something to act in; from the callback
         self.real_states: th.Tensor | None = None
         self.model_env: ModelEnv | None = None
@@ -217,14 +223,16 @@ class DHMBPO(ModelBasedSAC):
     def _setup_model(self) -> None:
         super()._setup_model()
         check_optimizers(self)
-        self._train_model_after_each_block()
-        capacity = ROLLOUTS_KEPT * self.batch_size * self.distribution_horizon
-        self.model_buffer = StateBuffer(capacity, flat_dim(self.observation_space), self.device)
+        self._fit_to_arguments()
 
-    def _train_model_after_each_block(self) -> None:
+    def _fit_to_arguments(self) -> None:
+        """The model is trained after each block, and the buffer of states has room for the same number of rollouts."""
         assert isinstance(self.train_freq, TrainFreq)
         in_steps = self.train_freq.unit is TrainFrequencyUnit.STEP
         self.model_train_freq = max(self.train_freq.frequency * self.n_envs, 1) if in_steps else 1
+        capacity = ROLLOUTS_KEPT * self.batch_size * self.distribution_horizon
+        if getattr(self, "model_buffer", None) is None or len(self.model_buffer.states) != capacity:
+            self.model_buffer = StateBuffer(capacity, flat_dim(self.observation_space), self.device)
 
     def _setup_learn(
         self,
@@ -234,8 +242,11 @@ class DHMBPO(ModelBasedSAC):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        # It may have been changed
-        self._train_model_after_each_block()
+        self.check_arguments()
+        # They may have been changed
+        self._fit_to_arguments()
+        if reset_num_timesteps:
+            self._episodes_before_reset += self._episode_num
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     @property
@@ -305,14 +316,38 @@ class DHMBPO(ModelBasedSAC):
         :param rollout: The steps in the environment
         :return: How many updates follow them
         """
-        updates = super().updates_after(rollout)
         if self._n_updates > 0:
-            return updates
+            return super().updates_after(rollout)
         # The random steps count as much as those that follow
+        if self.gradient_steps < 0:
+            return self.lifetime_timesteps
         assert isinstance(self.train_freq, TrainFreq)
         in_steps = self.train_freq.unit is TrainFrequencyUnit.STEP
-        done = self.lifetime_timesteps // self.n_envs if in_steps else self._episode_num
-        return updates * max(done // self.train_freq.frequency, 1)
+        done = self.lifetime_timesteps // self.n_envs if in_steps else self._episodes_before_reset + self._episode_num
+        return self.gradient_steps * max(done // self.train_freq.frequency, 1)
+
+    def planned_updates(self, total_timesteps: int) -> float:
+        """
+        :param total_timesteps: At which ``num_timesteps`` training ends
+        :return: How many joint updates there will be until then, those for the random steps included; where it depends on the
+            length of episodes, one for each step
+        """
+        steps = max(total_timesteps - self.num_timesteps, 0)
+        if not self._is_over(self.lifetime_timesteps + steps):
+            return 0.0
+        return (steps + (self.lifetime_timesteps if self._n_updates == 0 else 0)) * updates_per_step(self)
+
+    @property
+    def not_copied(self) -> list[object]:
+        """What copies of the agent, made to be trained without new data, can share with it: it is only read."""
+        return [*super().not_copied, self.real_states, self.model_env and self.model_env.env]
+
+    def combine(self, values: th.Tensor) -> th.Tensor:
+        """
+        :param values: Of all critics for the same actions, ``(n, n_critics)``
+        :return: Their mean, which the actor maximises, ``(n,)``
+        """
+        return values.mean(dim=1)
 
     # --- States in which training rollouts start ---
 
@@ -379,7 +414,7 @@ class DHMBPO(ModelBasedSAC):
             return None
         networks, batches = self._networks(), obs.float().split(self.batch_size)
         state, model = self._live_state(networks), self._model(env)
-        ent_coef, gamma = entropy_coefficient(state), th.tensor(self.gamma, device=self.device)
+        ent_coef, gamma = entropy_coefficient(state.ent_coef), th.tensor(self.gamma, device=self.device)
         values = []
         for start in batches:
             noise = self._draw_rollout(self.training_horizon, len(start))
@@ -402,9 +437,8 @@ class DHMBPO(ModelBasedSAC):
     def try_updates(self) -> None:
         """Make the compiled updates on a batch of zeros, and undo them: they are compiled then."""
         assert self.env is not None
-        before, random_state, device = networks_state(self), th.get_rng_state(), self.device
-        env = ModelEnv(self, self.env)
-        try:
+        before, device, env = networks_state(self), self.device, ModelEnv(self, self.env)
+        with undisturbed(self):
             start = th.zeros(self.batch_size, flat_dim(self.observation_space), device=device)
             networks, model, termination = self._networks(), self._model(env), env.termination_of_tensors
             parameters = self._live_state(networks).actor.parameters
@@ -415,9 +449,7 @@ class DHMBPO(ModelBasedSAC):
                 arguments = networks, self._live_state(networks), model, start, self._draw(self.batch_size)
                 which = ended if termination is None else termination
                 compiled(update, device.type)(*arguments, self._settings(1)[0], which, env.reward_of_tensors)
-        finally:
-            restore_networks(self, before)
-            th.set_rng_state(random_state)
+        restore_networks(self, before)
 
     def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
         of_critics, joint = (compiled(update, self.device.type) for update in (critic_update, joint_update))
@@ -427,11 +459,14 @@ class DHMBPO(ModelBasedSAC):
         self._train(gradient_steps, batch_size, critic_update, joint_update)
 
     def _train(self, gradient_steps: int, batch_size: int, of_critics: Update, joint: Update) -> None:
-        if not self.can_update:
+        if self.real_states is None or self.model_env is None:
             raise ValueError(
-                "`train` needs a model that was trained in this session, as there are no real transitions among what updates "
-                "learn from: call `learn`, which trains the model and then calls `train`."
+                "`train` needs states to start in, which are not saved with an agent: call `learn`, which trains the model "
+                "and then calls `train`."
             )
+        if self.env is not None and self.model_env.env is not self.env:
+            # `set_env` since the last block
+            self.model_env = ModelEnv(self, self.env)
         before, start = networks_state(self), time.perf_counter()
         if self.verbose >= 1 and self._n_updates == 0:
             # They take the longest, and nothing else is printed meanwhile
@@ -475,7 +510,7 @@ class DHMBPO(ModelBasedSAC):
         """What the joint updates returned, and how many steps of all rollouts were lost."""
         self._roll_out_states()
         critics = [self.policy.critic.optimizer]
-        critic_results = self._some_updates(of_critics, critics, round(CRITIC_SHARE * gradient_steps), batch_size)
+        critic_results = self._some_updates(of_critics, critics, math.ceil(CRITIC_SHARE * gradient_steps), batch_size)
         results = []
         for done in range(0, gradient_steps, UPDATES_PER_ROLLOUT):
             self._roll_out_states()
@@ -556,7 +591,7 @@ class DHMBPO(ModelBasedSAC):
     def _draw(self, batch_size: int) -> Noise:
         critic, rollout = self.policy.critic, self._draw_rollout(self.training_horizon, batch_size)
         two = th.rand(critic.n_critics, device=self.device).argsort()[:2]
-        return Noise(rollout, two, critic.draw_dropped(2, batch_size=batch_size))
+        return Noise(rollout, two, critic.draw_dropped(2, batch_size))
 
     def _settings(self, n: int) -> list[Settings]:
         """Of the next updates."""

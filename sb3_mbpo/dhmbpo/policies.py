@@ -150,21 +150,21 @@ class BoundedCritics(BaseModel):
             hidden = th.baddbmm(bias, hidden, weight)
         return hidden.squeeze(2)
 
-    def draw_dropped(self, *shape: int, batch_size: int) -> tuple[th.Tensor, ...]:
+    def draw_dropped(self, times: int, batch_size: int) -> tuple[th.Tensor, ...]:
         """
         Dropout with random numbers for those units alone that are left out: one for each unit would take a quarter of the time
         of an update.
 
-        :param shape: How many times
+        :param times: How often
         :param batch_size: Rows of a batch
-        :return: For each hidden layer, numbers of units of all networks and rows, ``(*shape, n_dropped)``, drawn with
+        :return: For each hidden layer, numbers of units of all networks and rows, ``(times, n_dropped)``, drawn with
             replacement, so many that a share of ``dropout`` is expected among them; empty without dropout
         """
         if self.dropout == 0:
             return ()
         n_units = [self.n_critics * batch_size * weight.shape[2] for weight in self.weights[:-1]]
         device = self.weights[0].device
-        return tuple(th.randint(n, (*shape, round(-n * math.log1p(-self.dropout))), device=device) for n in n_units)
+        return tuple(th.randint(n, (times, round(-n * math.log1p(-self.dropout))), device=device) for n in n_units)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """

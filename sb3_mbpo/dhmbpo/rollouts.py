@@ -60,7 +60,7 @@ class Rollout(NamedTuple):
     :param log_prob: Logarithm of their density, ``(horizon + 1, batch)``
     :param rewards: ``(horizon, batch)``
     :param alive: 1 where there is no terminal transition before the state, else 0, ``(horizon + 1, batch)``
-    :param lost: 1 where a state or reward was no finite number, so that the rollout ended, else 0, ``(horizon, batch)``
+    :param lost: 1 where the reward of finite states was no finite number, so that the rollout ended, ``(horizon, batch)``
     """
 
     obs: th.Tensor
@@ -109,7 +109,7 @@ def model_step(
     ensemble, n = model.ensemble, len(obs)
     inputs = ensemble.unit_inputs(th.cat([obs, actions], dim=1)).clamp(-FARTHEST, FARTHEST)
     # What is no row of the batch is any row: nobody looks at it
-    rows = th.where(slots < n, slots, slots - n).view(len(model.weights[0]), -1)
+    rows = th.where(slots < n, slots, 0).view(len(model.weights[0]), -1)
     mean, log_var = (each.flatten(0, 1) for each in ensemble.layers(inputs[rows], model.weights, model.biases))
     slot_of_row = slots.argsort()[:n]
     mean, log_var = mean[slot_of_row], log_var[slot_of_row]
@@ -177,15 +177,15 @@ def roll_out(
         obs, actions = (th.where(goes_on[:, None], each, each.detach()) for each in (obs, actions))
         next_obs, rewards = model_step(model, obs, actions, noise.model[step], noise.slots[step])
         if reward is not None:
-            rewards = reward(obs, actions, next_obs)
-        is_finite = next_obs.isfinite().all(dim=1) & rewards.isfinite()
+            rewards = reward(obs, actions, next_obs).to(obs)
+        has_state, has_reward = next_obs.isfinite().all(dim=1), rewards.isfinite()
         if isinstance(termination, th.Tensor):
             is_terminal = termination[step]
         else:
             is_terminal = termination(obs.detach(), actions.detach(), next_obs.detach())
-        lost = goes_on & ~is_finite
-        steps.append((obs, actions, log_prob.squeeze(1), th.where(is_finite, rewards, 0.0), alive, lost.to(alive)))
-        goes_on = goes_on & is_finite & ~is_terminal
+        lost = goes_on & has_state & ~has_reward
+        steps.append((obs, actions, log_prob.squeeze(1), th.where(has_reward, rewards, 0.0), alive, lost.to(alive)))
+        goes_on = goes_on & has_state & has_reward & ~is_terminal
         obs, alive = th.where(goes_on[:, None], next_obs, obs), goes_on.to(alive)
     last_actions, log_prob = sample_actions(actor, parameters, obs, noise.actions[-1])
     all_obs, all_actions, log_probs, all_rewards, all_alive, all_lost = zip(*steps, strict=True)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vjp
 
 from sb3_mbpo.common.adam import Tensors, TrainState, adam_step
-from sb3_mbpo.common.update import update_ent_coef
+from sb3_mbpo.common.update import entropy_coefficient, update_ent_coef, update_target
 from sb3_mbpo.dhmbpo.policies import bounded
 from sb3_mbpo.dhmbpo.rollouts import Model, Rollout, RolloutNoise, RowFunction, Termination, roll_out
 
@@ -175,8 +175,7 @@ def update_critics(
 
     gradients, value = grad_and_value(loss)(state.critic.parameters)
     adam_step(state.critic, gradients, settings.critic)
-    for target, critic in zip(state.target.values(), state.critic.parameters.values(), strict=True):
-        target.lerp_(critic, settings.tau)
+    update_target(state.target, state.critic.parameters, settings.tau)
     return value
 
 
@@ -213,15 +212,6 @@ def update_actor(
     return value
 
 
-def entropy_coefficient(state: State) -> th.Tensor:
-    """
-    :param state: With its logarithm, if it is learned
-    :return: Entropy coefficient, ``(1,)``
-    """
-    parameters = state.ent_coef.parameters
-    return parameters["log_ent_coef"].exp() if state.ent_coef.first else parameters["ent_coef"]
-
-
 def critic_update(
     networks: Networks,
     state: State,
@@ -235,9 +225,9 @@ def critic_update(
     """
     One update of the critics alone, in place. The arguments are those of :func:`joint_update`.
 
-    :return: Loss of the critics, and how many steps of the rollout were lost, ``(2,)``
+    :return: Loss of the critics, and how many rewards were no finite numbers, ``(2,)``
     """
-    ent_coef = entropy_coefficient(state)
+    ent_coef = entropy_coefficient(state.ent_coef)
     rollout = roll_out(networks.actor, state.actor.parameters, model, start, noise.rollout, termination, reward)
     loss = update_critics(networks, state, rollout, noise, ent_coef, settings)
     return th.stack([loss, rollout.lost.sum()])
@@ -266,9 +256,9 @@ def joint_update(
     :param termination: Whether each transition is terminal, bool
     :param reward: Reward function, the model's prediction if None; gradients pass through it
     :return: Loss of the critics, of the actor, of the entropy coefficient, the latter from before, the share of the rollouts
-        that had not ended, and how many steps were lost, ``(6,)``
+        that had not ended, and how many rewards were no finite numbers, ``(6,)``
     """
-    ent_coef = entropy_coefficient(state)
+    ent_coef = entropy_coefficient(state.ent_coef)
 
     def roll(parameters: Tensors) -> Rollout:
         return roll_out(networks.actor, parameters, model, start, noise.rollout, termination, reward)

@@ -147,8 +147,7 @@ def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) ->
 
 def _copy(agent: "ModelBasedSAC") -> "ModelBasedSAC":
     """With its own networks; what is only read is shared."""
-    shared = [agent.replay_buffer, agent.model_buffer, agent.env, agent._vec_normalize_env, agent.dynamics]
-    memo: dict[int, Any] = {id(each): each for each in shared if each is not None}
+    memo: dict[int, Any] = {id(each): each for each in agent.not_copied if each is not None}
     if hasattr(agent, "_logger"):
         memo[id(agent._logger)] = agent._logger
     if agent.use_sde:

@@ -20,11 +20,11 @@ MAX_REST = 0.5
 
 class ValueCheck(NamedTuple):
     """
-    Values in the units that the critics learn: normalised rewards under ``VecNormalize``, entropy included.
+    Values in the units that the critics learn (of MBPO under ``VecNormalize``, normalised rewards), entropy included.
 
-    :param q_real: Q-value of the lowest critic of real transitions, ``(n,)``
+    :param q_real: Q-value of real transitions, ``(n,)``: MBPO's of the lowest critic, DHMBPO's of their mean
     :param returns: Soft discounted return that followed each of them, ``(n,)``
-    :param q_model: Q-value of the lowest critic of generated transitions, ``(m,)``; empty without any
+    :param q_model: Q-value of generated transitions, ``(m,)``; empty without any
     :param promised: What the actor's own objective says of the states, ``(n,)``; empty unless the actor learns from rollouts
     :param gained: Soft discounted return that followed, with the entropy in those states, ``(n,)``
     """
@@ -59,10 +59,10 @@ def q_values(agent: "ModelBasedSAC", obs: Any, actions: th.Tensor) -> th.Tensor:
     :param agent: Whose critics
     :param obs: As the critics see them, ``(n, *shape)``, or a dictionary of them
     :param actions: In [-1, 1], ``(n, action_dim)``
-    :return: Of the lowest critic, ``(n,)``
+    :return: Of the critics as the algorithm combines them, ``(n,)``
     """
     with th.no_grad():
-        return th.cat(agent.critic(obs, actions), dim=1).amin(dim=1)
+        return agent.combine(th.cat(agent.critic(obs, actions), dim=1))
 
 
 def value_check(agent: "ModelBasedSAC", trajectories: Sequence[Transitions], max_model: int = 1_000) -> ValueCheck:
@@ -88,7 +88,7 @@ def value_check(agent: "ModelBasedSAC", trajectories: Sequence[Transitions], max
             continue
         obs = normalized(unflatten(agent.observation_space, trajectory.obs), env)
         rewards = trajectory.rewards.cpu().numpy()
-        if env is not None:
+        if env is not None and agent.learns_normalised_rewards:
             rewards = env.normalize_reward(rewards)
         bonus = -entropy_coefficient(agent) * log_density(agent, obs, trajectory.actions)
         following, soft_returns = 0.0 if is_over else _value(agent, trajectory.next_obs[-1:], env), np.zeros(n)

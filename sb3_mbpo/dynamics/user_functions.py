@@ -104,7 +104,9 @@ def check_transition_fn(
     _call(fn, name, obs, action, obs, boolean)
 
 
-def check_tensor_fn(fn: TensorFn, name: str, observation_space: spaces.Space[Any], action_space: spaces.Box) -> None:
+def check_tensor_fn(
+    fn: TensorFn, name: str, observation_space: spaces.Space[Any], action_space: spaces.Box, device: th.device
+) -> None:
     """
     Try a user's function of tensors, through which gradients have to pass, on a few rows of zeros.
 
@@ -112,13 +114,14 @@ def check_tensor_fn(fn: TensorFn, name: str, observation_space: spaces.Space[Any
     :param name: The argument's name, for messages
     :param observation_space: Of the environment
     :param action_space: Of the environment
+    :param device: Where its tensors will be
     :raises ValueError: if it is no function, cannot be pickled, raises, returns something of another type or shape, or what
         has no gradient
     """
     arrays = _zeros(fn, name, observation_space, action_space)
 
     def tensor(array: np.ndarray) -> th.Tensor:
-        return th.as_tensor(array).float().requires_grad_()
+        return th.as_tensor(array, dtype=th.float32, device=device).requires_grad_()
 
     obs, action = (map_arrays(tensor, each) for each in arrays)
     try:

@@ -348,6 +348,11 @@ class MBPO(ModelBasedSAC):
             n_generated += len(step.obs)
         return n_generated
 
+    @property
+    def not_copied(self) -> list[object]:
+        """What copies of the agent, made to be trained without new data, can share with it: it is only read."""
+        return [*super().not_copied, self.model_buffer]
+
     def sample_generated(self, n: int) -> tuple[Any, th.Tensor]:
         """
         :param n: How many
