@@ -30,9 +30,16 @@ PAPER = {
     "Humanoid-v5": (253, 324, 398, 470, 579),
 }
 # Readable by the colour-blind (Okabe and Ito)
-COLORS = {"mbpo": "#0072B2", "sac": "#D55E00", "sac-g20": "#E69F00", "ppo": "#009E73", "mbpo-auto": "#56B4E9"}
+COLORS = {
+    "dhmbpo": "#CC79A7",
+    "mbpo": "#0072B2",
+    "sac": "#D55E00",
+    "sac-g20": "#E69F00",
+    "ppo": "#009E73",
+    "mbpo-auto": "#56B4E9",
+}
 # Of algorithms with changed hyperparameters
-OTHER_COLORS = ["#CC79A7", "#999999", "#661100", "#332288"]
+OTHER_COLORS = ["#999999", "#661100", "#332288", "#117733"]
 SPLIT = ("env", "model", "rollouts", "updates", "compile", "eval")
 
 
