@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -169,10 +170,11 @@ class DynamicsCallback(BaseCallback):
                 agent.last_model_training = now
             self._use_model(transitions)
 
+    @abstractmethod
     def _needs_rollouts(self) -> bool:
         """Whether the trained model is to be used again though it was not trained."""
-        return False
 
+    @abstractmethod
     def _use_model(self, transitions: Transitions) -> None:
         """What there is to do with the model before the next updates, with all real transitions."""
 

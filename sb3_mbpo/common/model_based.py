@@ -1,6 +1,7 @@
 """What the algorithms share, beside their networks and updates: the model, the training loop, saving and loading."""
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from io import BufferedIOBase
@@ -145,27 +146,28 @@ class ModelBasedSAC(SAC):
         """
         check_arguments(self)
 
+    @abstractmethod
     def make_callback(self) -> DynamicsCallback:
         """
         :return: What trains the model, in each ``learn()``
         """
-        return DynamicsCallback(self.verbose)
 
     @property
+    @abstractmethod
     def rollout_length(self) -> int:
         """Steps of model rollouts at present."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def about_rollouts(self) -> str:
         """What a report says of them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def advice_on_long_rollouts(self) -> str:
         """What a report says if they go further than the model is right for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fill_model_buffer(self, model_env: ModelEnv, obs: th.Tensor) -> int:
         """
         Add model rollouts to what gradient updates sample from.
@@ -174,14 +176,13 @@ class ModelBasedSAC(SAC):
         :param obs: In which they start, any of them with the same probability, ``(n, obs_dim)``
         :return: How many transitions there were
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def sample_generated(self, n: int) -> tuple[Any, th.Tensor]:
         """
         :param n: How many
         :return: Generated observations, as the critics see them, and actions in them
         """
-        raise NotImplementedError
 
     def promised_values(self, obs: th.Tensor) -> th.Tensor | None:
         """
@@ -192,28 +193,30 @@ class ModelBasedSAC(SAC):
 
     def why_not_compiled(self) -> str | None:
         """
-        :return: Why its updates have to run as they are, None if they can be compiled
+        :return: Why its updates have to run as they are, None if they can be compiled, as far as that is known without trying
         """
-        raise NotImplementedError
+        return None
 
     @property
     def instead_of_compiled(self) -> str:
         """How its updates are made where they are not compiled, for the line that says so."""
         return ""
 
+    @abstractmethod
     def try_updates(self) -> None:
-        """Make the compiled updates on copies: they are compiled then."""
-        raise NotImplementedError
+        """Make the compiled updates without changing the agent: they are compiled then."""
 
     def _runs_compiled(self) -> bool:
         """Asked anew before each training, as users may have changed the agent."""
         return self.is_compiled["updates"] and bool(self.compile) and self.why_not_compiled() is None
 
+    @abstractmethod
     def _train_compiled(self, gradient_steps: int, batch_size: int) -> None:
-        raise NotImplementedError
+        """As :meth:`train`, with compiled updates."""
 
+    @abstractmethod
     def _train_eagerly(self, gradient_steps: int, batch_size: int) -> None:
-        raise NotImplementedError
+        """As :meth:`train`, with updates as they are."""
 
     # --- What they share ---
 

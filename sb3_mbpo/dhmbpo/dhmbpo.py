@@ -427,12 +427,6 @@ class DHMBPO(ModelBasedSAC):
 
     # --- Updates ---
 
-    def why_not_compiled(self) -> str | None:
-        """
-        :return: None: whether torch can compile a user's ``reward_fn``, it has to try
-        """
-        return None
-
     @th.no_grad()
     def try_updates(self) -> None:
         """Make the compiled updates on a batch of zeros, and undo them: they are compiled then."""
