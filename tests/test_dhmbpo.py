@@ -218,6 +218,21 @@ def test_it_says_how_long_to_wait(capsys):
     assert "% of the rollouts alive, values from " in lines[2] and len(lines) == 4
 
 
+def test_progress_bar_says_what_it_waits_for(monkeypatch):
+    from tqdm.rich import tqdm_rich
+
+    seen, set_description = [], tqdm_rich.set_description
+
+    def watched(self, description="", refresh=True):
+        seen.append(description)
+        return set_description(self, description, refresh)
+
+    monkeypatch.setattr(tqdm_rich, "set_description", watched)
+    agent = make().learn(100, progress_bar=True)
+    assert [each for each in seen if each] == ["Training the dynamics model", "Updating policy and critics"]
+    assert seen[-1] == "" and agent.progress_bars == []
+
+
 def test_log(tmp_path):
     agent = make("Hopper-v5", learning_starts=50)
     agent.set_logger(configure(str(tmp_path), ["csv"]))

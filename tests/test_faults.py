@@ -15,11 +15,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mbpo.common import model_env
-from sb3_mbpo.common.callbacks import DynamicsCallback
 from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.update import networks_state
 from sb3_mbpo.dynamics import training
 from sb3_mbpo.dynamics.training import FitResult
+from sb3_mbpo.mbpo.callbacks import MBPOCallback
 from tests.agents import make_agent
 from tests.envs import CountingEnv, GoalEnv, PointEnv, UnpredictableEnv
 
@@ -302,7 +302,7 @@ def test_a_model_that_knows_nothing_is_reported():
 @pytest.fixture
 def callback():
     agent = make_agent(CountingEnv(obs_shape=(4,)))
-    callback = DynamicsCallback()
+    callback = MBPOCallback()
     callback.init_callback(agent)
     agent.set_logger(configure(None, []))
     return callback

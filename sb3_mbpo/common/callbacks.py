@@ -68,10 +68,6 @@ class DynamicsCallback(BaseCallback):
 
     model: "ModelBasedSAC"
 
-    def __init__(self, verbose: int = 0) -> None:
-        super().__init__(verbose)
-        self.progress_bars: list[ProgressBarCallback] = []
-
     def _init_callback(self) -> None:
         agent = self.model
         self.warned: set[str] = set()
@@ -330,11 +326,8 @@ class DynamicsCallback(BaseCallback):
     def _timed(self, what: str, description: str) -> Iterator[None]:
         """Count the seconds, and tell whoever watches a progress bar why it stands still."""
         start = time.perf_counter()
-        for bar in self.progress_bars:
-            bar.pbar.set_description(description)
         try:
-            yield
+            with self.model.described(description):
+                yield
         finally:
-            for bar in self.progress_bars:
-                bar.pbar.set_description("")
             self.model.seconds[what] += time.perf_counter() - start

@@ -2,8 +2,8 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch as th
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import SACPolicy
@@ -100,8 +100,8 @@ class ModelBasedSAC(SAC):
 
         # For whoever loads it and does not know
         self.algorithm = self.name
-        # Steps of earlier calls of `learn()` whose count was reset
-        self._steps_before_reset = 0
+        # Steps and episodes of earlier calls of `learn()` whose counts were reset
+        self._steps_before_reset, self._episodes_before_reset = 0, 0
         # Whether it was trained in one, for whoever loads it
         self.uses_vec_normalize = False
         # That saved it, if it was loaded
@@ -111,6 +111,8 @@ class ModelBasedSAC(SAC):
         self.open_loop_error: OpenLoopError | None = None
         # Since the start of `learn()`
         self.seconds = dict.fromkeys(("env", "model", "rollouts", "updates", "compile"), 0.0)
+        # Of the users, in this `learn()`
+        self.progress_bars: list[ProgressBarCallback] = []
         # Which of them run as compiled graphs in this `learn()`
         self.is_compiled = dict.fromkeys(("updates", "model"), False)
 
@@ -145,6 +147,9 @@ class ModelBasedSAC(SAC):
         :raises ValueError: if an argument of the algorithm's own is not in its range
         """
         check_arguments(self)
+
+    def prepare_to_learn(self) -> None:
+        """What each ``learn()`` begins with: arguments and the environment may have been changed."""
 
     @abstractmethod
     def make_callback(self) -> DynamicsCallback:
@@ -265,7 +270,7 @@ class ModelBasedSAC(SAC):
     @property
     def not_copied(self) -> list[object]:
         """What copies of the agent, made to be trained without new data, can share with it: it is only read."""
-        return [self.replay_buffer, self.env, self._vec_normalize_env, self.dynamics]
+        return [self.replay_buffer, self.env, self._vec_normalize_env, self.dynamics, self.progress_bars]
 
     def combine(self, values: th.Tensor) -> th.Tensor:
         """
@@ -323,6 +328,8 @@ class ModelBasedSAC(SAC):
                 self.train(gradient_steps=self.updates_after(rollout), batch_size=self.batch_size)
 
         callback.on_training_end()
+        # They are closed
+        self.progress_bars = []
         return self
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -350,6 +357,22 @@ class ModelBasedSAC(SAC):
         # An algorithm may make rollouts in between
         self.seconds["updates"] += time.perf_counter() - start - (self.seconds["rollouts"] - rollout_seconds)
 
+    def log_losses(self, critic_loss: float, actor_loss: float, ent_coef_loss: float, ent_coef: float) -> None:
+        """
+        What ``SAC.train`` logs, means over updates.
+
+        :param critic_loss: Of the critics
+        :param actor_loss: Of the actor
+        :param ent_coef_loss: Of the entropy coefficient, which is logged if it is learned
+        :param ent_coef: Entropy coefficient
+        """
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/ent_coef", ent_coef)
+        self.logger.record("train/actor_loss", actor_loss)
+        self.logger.record("train/critic_loss", critic_loss)
+        if self.ent_coef_optimizer is not None:
+            self.logger.record("train/ent_coef_loss", ent_coef_loss)
+
     def log_divergence(self, what: str) -> None:
         """
         :param what: "model" or "train"
@@ -370,10 +393,12 @@ class ModelBasedSAC(SAC):
         check_sizes(self)
         assert self.replay_buffer is not None
         check_finite(self.replay_buffer)
-        steps = self.num_timesteps
+        self.prepare_to_learn()
+        steps, episodes = self.num_timesteps, self._episode_num
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if reset_num_timesteps:
             self._steps_before_reset += steps
+            self._episodes_before_reset += episodes
         self.uses_vec_normalize = self.get_vec_normalize_env() is not None and self.learns_normalised_rewards
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         lifetime_timesteps = self.lifetime_timesteps + result[0] - self.num_timesteps
@@ -394,11 +419,25 @@ class ModelBasedSAC(SAC):
             callbacks = callback
         else:
             callbacks = [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
-        dynamics_callback = self.make_callback()
         # A new list: the user may use theirs again
-        callback = super()._init_callback([dynamics_callback, *callbacks], progress_bar)
-        dynamics_callback.progress_bars = progress_bars(callback)
+        callback = super()._init_callback([self.make_callback(), *callbacks], progress_bar)
+        self.progress_bars = progress_bars(callback)
         return callback
+
+    @contextmanager
+    def described(self, description: str) -> Iterator[None]:
+        """
+        Tell whoever watches a progress bar why it stands still.
+
+        :param description: What is done inside
+        """
+        for bar in self.progress_bars:
+            bar.pbar.set_description(description)
+        try:
+            yield
+        finally:
+            for bar in self.progress_bars:
+                bar.pbar.set_description("")
 
     def dump_logs(self) -> None:
         """
@@ -518,7 +557,7 @@ class ModelBasedSAC(SAC):
                 raise ValueError(f"The replay buffer {path} has the {name} {is_}, but the agent's is {ours}")
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "open_loop_error", "seconds", "is_compiled"]
+        return [*super()._excluded_save_params(), "open_loop_error", "seconds", "is_compiled", "progress_bars"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

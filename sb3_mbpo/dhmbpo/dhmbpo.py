@@ -7,7 +7,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq, TrainFrequencyUnit
@@ -200,7 +199,7 @@ class DHMBPO(ModelBasedSAC):
             num_elites=num_elites,
             model_hidden_sizes=model_hidden_sizes,
             model_learning_rate=model_learning_rate,
-            # After each block, see `_setup_model`
+            # After each block, see `prepare_to_learn`
             model_train_freq=1,
             termination_fn=termination_fn,
             reward_fn=reward_fn,
@@ -211,8 +210,6 @@ class DHMBPO(ModelBasedSAC):
         self.training_horizon = training_horizon
         self.distribution_horizon = distribution_horizon
 
-        # Episodes of earlier calls of `learn()`, whose count was reset
-        self._episodes_before_reset = 0
         # What the model was last trained on, and the model as something to act in; from the callback
         self.real_states: th.Tensor | None = None
         self.model_env: ModelEnv | None = None
@@ -223,9 +220,9 @@ class DHMBPO(ModelBasedSAC):
     def _setup_model(self) -> None:
         super()._setup_model()
         check_optimizers(self)
-        self._fit_to_arguments()
+        self.prepare_to_learn()
 
-    def _fit_to_arguments(self) -> None:
+    def prepare_to_learn(self) -> None:
         """The model is trained after each block, and the buffer of states has room for the same number of rollouts."""
         assert isinstance(self.train_freq, TrainFreq)
         in_steps = self.train_freq.unit is TrainFrequencyUnit.STEP
@@ -233,21 +230,6 @@ class DHMBPO(ModelBasedSAC):
         capacity = ROLLOUTS_KEPT * self.batch_size * self.distribution_horizon
         if getattr(self, "model_buffer", None) is None or len(self.model_buffer.states) != capacity:
             self.model_buffer = StateBuffer(capacity, flat_dim(self.observation_space), self.device)
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        self.check_arguments()
-        # They may have been changed
-        self._fit_to_arguments()
-        if reset_num_timesteps:
-            self._episodes_before_reset += self._episode_num
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     @property
     def rollout_length(self) -> int:
@@ -470,7 +452,8 @@ class DHMBPO(ModelBasedSAC):
         for optimizer in optimizers(self):
             optimizer.state.clear()
         try:
-            results, n_lost = self._run_updates(gradient_steps, batch_size, of_critics, joint)
+            with self.described("Updating policy and critics"):
+                results, n_lost = self._run_updates(gradient_steps, batch_size, of_critics, joint)
             if n_lost > 0 and self.reward_fn is not None:
                 raise ValueError(
                     f"`reward_fn` must return finite numbers, but {n_lost:,} of those that it returned in model rollouts were "
@@ -482,13 +465,8 @@ class DHMBPO(ModelBasedSAC):
             restore_networks(self, before)
             raise
         self._n_updates += gradient_steps
-        critic_loss, actor_loss, ent_coef_loss, ent_coef, alive, _ = results.mean(dim=0).tolist()
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/ent_coef", ent_coef)
-        self.logger.record("train/actor_loss", actor_loss)
-        self.logger.record("train/critic_loss", critic_loss)
-        if self.ent_coef_optimizer is not None:
-            self.logger.record("train/ent_coef_loss", ent_coef_loss)
+        *losses, alive, _ = results.mean(dim=0).tolist()
+        self.log_losses(*losses)
         self.logger.record("train/alive", alive)
         q_low, q_high = self.policy.critic.bounds.tolist()
         self.logger.record("train/q_low", q_low)

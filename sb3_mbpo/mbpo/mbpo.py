@@ -7,7 +7,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.sac.policies import MlpPolicy, MultiInputPolicy, SACPolicy
@@ -419,15 +418,9 @@ class MBPO(ModelBasedSAC):
         self._log_updates(results)
 
     def _log_updates(self, results: th.Tensor) -> None:
-        """What ``SAC.train`` logs, from what :func:`sac_update` returns."""
-        critic_loss, actor_loss, ent_coef_loss, ent_coef = results.mean(dim=0).tolist()
+        """From what :func:`sac_update` returns."""
         self._n_updates += len(results)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/ent_coef", ent_coef)
-        self.logger.record("train/actor_loss", actor_loss)
-        self.logger.record("train/critic_loss", critic_loss)
-        if self.ent_coef_optimizer is not None:
-            self.logger.record("train/ent_coef_loss", ent_coef_loss)
+        self.log_losses(*results.mean(dim=0).tolist())
 
     @property
     def expands_values(self) -> bool:
@@ -442,17 +435,10 @@ class MBPO(ModelBasedSAC):
             self._model_env = ModelEnv(self, self.env)
         return self._model_env
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
+    def prepare_to_learn(self) -> None:
+        """What each ``learn()`` begins with."""
         # The environment may have changed
         self._model_env = None
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def dump_logs(self) -> None:
         """
