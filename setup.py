@@ -49,12 +49,12 @@ class BuildWithStartupFiles(build_py):
 setup(
     name="sb3-mbpo",
     version=Path("sb3_mbpo/version.txt").read_text().strip(),
-    description="Model-Based Policy Optimization (MBPO) for Stable-Baselines3",
+    description="Model-based reinforcement learning for Stable-Baselines3: MBPO and DHMBPO",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="sb3_mbpo developers",
     license="MIT",
-    keywords="reinforcement-learning model-based-reinforcement-learning mbpo stable-baselines3 pytorch gymnasium",
+    keywords="reinforcement-learning model-based-reinforcement-learning mbpo dhmbpo stable-baselines3 pytorch gymnasium",
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from sb3_mbpo import DHMBPO
-from sb3_mbpo.zoo.registration import hyperparams_file, register
+from sb3_mbpo.zoo.registration import hyperparams_file
 from tests.test_zoo import ENV_ID
-from tests.test_zoo_scripts import zoo
+from tests.test_zoo_scripts import pytestmark, registered, zoo  # noqa: F401
 
 TINY: dict[str, Any] = {
     "policy": "MlpPolicy",
@@ -29,20 +29,6 @@ TINY: dict[str, Any] = {
 OPTIONS = ["--algo", "dhmbpo", "--env", ENV_ID, "-f", "logs"]
 OF_TRAIN = [*OPTIONS, "--device", "cpu", "--num-threads", "1", "--seed", "1", "--eval-episodes", "1"]
 RUN = f"logs/dhmbpo/{ENV_ID}"
-
-pytestmark = [
-    # Modules of the zoo are run again, as scripts
-    pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:rich is experimental"),
-    # VecMonitor, as a wrapper, around the zoo's own Monitor
-    pytest.mark.filterwarnings("ignore:The environment is already wrapped with a `Monitor`:UserWarning"),
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
-    register()
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
