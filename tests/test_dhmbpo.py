@@ -328,6 +328,8 @@ def test_statistics_are_those_of_the_real_data():
     for network in (agent.actor, agent.critic, agent.critic_target):
         np.testing.assert_allclose(network.standardise.mean, real.mean(axis=0), rtol=1e-5)
         np.testing.assert_allclose(network.standardise.std, real.std(axis=0), rtol=1e-5)
+    # The target critics are in the units of the critics
+    assert (agent.critic_target.bounds == agent.critic.bounds).all() and agent.critic.bounds.diff() > 0
 
 
 def test_policy_kwargs():
