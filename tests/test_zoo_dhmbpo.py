@@ -30,6 +30,7 @@ OPTIONS = ["--algo", "dhmbpo", "--env", ENV_ID, "-f", "logs"]
 OF_TRAIN = [*OPTIONS, "--device", "cpu", "--num-threads", "1", "--seed", "1", "--eval-episodes", "1"]
 RUN = f"logs/dhmbpo/{ENV_ID}"
 
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which an agent was trained."""
