@@ -20,6 +20,7 @@ from stable_baselines3.sac.policies import MlpPolicy as SACMlpPolicy
 
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.common.errors import DivergenceError
+from sb3_mbpo.common.update import networks_state
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
 from sb3_mbpo.dhmbpo.policies import DHMBPOPolicy
 from tests.envs import CountingEnv
@@ -398,6 +399,15 @@ def test_compiling_draws_no_random_numbers():
     assert all((eager == compiled).all() for eager, compiled in zip(*after, strict=True))
 
 
+def test_compiling_leaves_the_agent_as_it_was():
+    agent = make(compile=True)
+    before = networks_state(agent)
+    agent.try_updates()
+    after = networks_state(agent)
+    th.testing.assert_close(after, before, rtol=0, atol=0)
+    assert len(parameters(agent)) > 1_000 and not agent.policy.critic.optimizer.state_dict()["state"]
+
+
 def test_same_seed_same_agent():
     first, second, other = (make(seed=seed).learn(200) for seed in (3, 3, 4))
     assert (parameters(first) == parameters(second)).all()
@@ -417,6 +427,10 @@ def test_dict_observations_and_goals():
     states = agent.model_buffer.states[: agent.model_buffer.size()]
     assert set(states.flatten().tolist()) <= {0.0, 1.0}
     assert agent.model_env.goal_dims == [3, 4, 5] and agent.model_env.reward is None
+    # Rollouts start with relabelled goals: the environment's own is 1, 1, 1
+    real_goals = agent.replay_buffer.observations["desired_goal"][: agent.replay_buffer.pos]
+    goals = agent.real_states[:, agent.model_env.goal_dims]
+    assert (real_goals == 1).all() and 0.2 < (goals == 0).any(dim=1).float().mean()
     agent.predict(agent.observation_space.sample())
 
 
@@ -506,8 +520,20 @@ def pendulum_reward(obs, action, next_obs):
 def test_reward_fn():
     record = Record(lambda agent: agent.logger.name_to_value.get("model/reward_mismatch"))
     make(reward_fn=pendulum_reward).learn(150, callback=record)
-    # The environment's own, of the real transitions; actions are in its units, from -2 to 2
     assert record.rows[-1] == 0
+
+
+def test_reward_fn_gets_actions_in_the_environments_units():
+    seen = []
+
+    def effort(obs, action, next_obs):
+        seen.append(action.detach().abs().max().item())
+        return -action[:, 0].square()
+
+    with pytest.warns(UserWarning, match="`reward_fn` disagrees"):
+        make(reward_fn=effort).learn(150)
+    # From -2 to 2
+    assert 1.8 < max(seen) <= 2
 
 
 def test_reward_fn_gets_float32_whatever_the_spaces_are():

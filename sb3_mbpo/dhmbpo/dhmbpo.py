@@ -34,7 +34,7 @@ from sb3_mbpo.dhmbpo.update import (
     joint_update,
     soft_returns,
 )
-from sb3_mbpo.diagnostics.undisturbed import undisturbed
+from sb3_mbpo.common.undisturbed import undisturbed
 from sb3_mbpo.dynamics.user_functions import TensorFn, TransitionFn
 
 __all__ = ["DHMBPO", "DHMBPOPolicy", "MultiInputPolicy"]

@@ -8,7 +8,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_mbpo.common.buffers import in_one_precision
 from sb3_mbpo.common.spaces import flatten, map_arrays
-from sb3_mbpo.diagnostics.undisturbed import same_exploration
+from sb3_mbpo.common.undisturbed import same_exploration
 from sb3_mbpo.dynamics.rollouts import Transitions
 
 if TYPE_CHECKING:
