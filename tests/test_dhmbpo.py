@@ -297,7 +297,7 @@ def test_distribution_rollouts_never_hold_a_dead_state(termination):
 
 
 def test_a_rollout_that_has_ended_gives_no_more_states():
-    """Where all end at once there are starts alone, drawn again and again, not the same ones in the place of what is missing."""
+    """Where all end at once there are starts alone, drawn again and again, not the same in the place of what is missing."""
     agent = make(termination_fn=lambda obs, action, next_obs: np.ones(len(action), dtype=bool))
     with pytest.warns(UserWarning, match="`termination_fn` disagrees"):
         agent.learn(100)

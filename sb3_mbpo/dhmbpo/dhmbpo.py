@@ -18,6 +18,7 @@ from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.model_based import ModelBasedSAC
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.common.spaces import flat_dim
+from sb3_mbpo.common.undisturbed import undisturbed
 from sb3_mbpo.common.update import entropy_coefficient, has_finite_networks, networks_state, optimizers, restore_networks
 from sb3_mbpo.dhmbpo.arguments import check_arguments, check_optimizers
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
@@ -34,7 +35,6 @@ from sb3_mbpo.dhmbpo.update import (
     joint_update,
     soft_returns,
 )
-from sb3_mbpo.common.undisturbed import undisturbed
 from sb3_mbpo.dynamics.user_functions import TensorFn, TransitionFn
 
 __all__ = ["DHMBPO", "DHMBPOPolicy", "MultiInputPolicy"]

@@ -9,10 +9,10 @@ from stable_baselines3.common.logger import Figure
 from sb3_mbpo.common.buffers import recent_trajectories
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.common.spaces import flat_dim
+from sb3_mbpo.common.undisturbed import undisturbed
 from sb3_mbpo.diagnostics.exploitation import returns
 from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_returns, plot_values
 from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
-from sb3_mbpo.common.undisturbed import undisturbed
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import Transitions
 
