@@ -100,12 +100,22 @@ def test_report(trained, tmp_path, capsys):
     assert "Written" in capsys.readouterr().out
 
 
-def test_callback_measures_before_each_training(tmp_path):
-    agent = make(gamma=0.9)
+@pytest.mark.parametrize("train_freq", [50, (2, "episode")])
+def test_callback_measures_before_each_training(train_freq, tmp_path):
+    # Episodes of 25 steps
+    agent = make(gym.wrappers.TimeLimit(gym.make("Pendulum-v1"), 25), gamma=0.9, train_freq=train_freq)
     agent.set_logger(configure(str(tmp_path), ["csv"]))
-    agent.learn(300, callback=DiagnosticsCallback(freq=100, horizon=3))
+    times = []
+
+    class Noted(DiagnosticsCallback):
+        def _measure(self, now):
+            times.append(now)
+            super()._measure(now)
+
+    agent.learn(300, callback=Noted(freq=100, horizon=3, return_horizon=10))
+    # At the end of blocks, before what they brought is trained on
+    assert times == [150, 250]
     table = pd.read_csv(tmp_path / "progress.csv")
-    # At the end of the blocks, before what they brought is trained on
     r2 = next(column for column in table if column.startswith("diagnostics/r2_") and "reward" not in column)
     assert table[r2].notna().sum() == 2
     assert {"diagnostics/q_bias", "diagnostics/model_return", "diagnostics/q_model", "diagnostics/promised"} <= set(table)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
+from stable_baselines3.common.utils import should_collect_more_steps
 
 from sb3_mbpo.common.buffers import recent_trajectories
 from sb3_mbpo.common.model_env import ModelEnv
@@ -71,10 +72,10 @@ class DiagnosticsCallback(BaseCallback):
         self.last_time = min(self.last_time, self.model.lifetime_timesteps)
 
     def _on_step(self) -> bool:
-        # Before the rollout's end, at which the model is trained on all of it
         agent, now = self.model, self.model.lifetime_timesteps
-        # On the last occasion before a training, if there are any
-        is_before_training = agent.dynamics.is_fitted and now - agent.last_model_training >= agent.model_train_freq
+        # On the last occasion before a training, if there are any: the model is trained where a rollout ends
+        is_due = agent.dynamics.is_fitted and now - agent.last_model_training >= agent.model_train_freq
+        is_before_training = is_due and self._ends_rollout()
         if now - self.last_time >= self.freq and (is_before_training if agent.uses_model else agent.is_warmed_up):
             self.last_time = now
             with undisturbed(agent):
@@ -82,6 +83,12 @@ class DiagnosticsCallback(BaseCallback):
             # Written now, as by SB3's EvalCallback: later values would take the place of these
             self.logger.dump(self.num_timesteps)
         return True
+
+    def _ends_rollout(self) -> bool:
+        """Whether this step is the last one before the agent learns."""
+        # Episodes that end with it are not counted yet
+        n_episodes = self.locals["num_collected_episodes"] + int(self.locals["dones"].sum())
+        return not should_collect_more_steps(self.locals["train_freq"], self.locals["num_collected_steps"], n_episodes)
 
     def _measure(self, now: int) -> None:
         agent = self.model
