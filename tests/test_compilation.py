@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from copy import deepcopy
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -19,7 +20,7 @@ from torch.distributions import normal
 from sb3_mbpo import MBPO
 from sb3_mbpo.common import callbacks, compilation
 from sb3_mbpo.common.buffers import MixedReplayBuffer, ModelReplayBuffer
-from sb3_mbpo.common.compilation import compiled, planned_updates
+from sb3_mbpo.common.compilation import compiled, planned_steps, planned_updates
 from sb3_mbpo.common.update import optimizers
 from sb3_mbpo.dynamics.ensemble import Ensemble
 from sb3_mbpo.dynamics.training import BATCH_SIZE, train_on, train_step, try_step
@@ -69,13 +70,25 @@ def test_planned_updates(kwargs, total, updates):
         kwargs = {**kwargs, "env": make_vec_env("Pendulum-v1", n_envs=2)}
     agent = make_agent(**kwargs)
     agent._convert_train_freq()
-    assert planned_updates(agent, total) == updates
+    assert planned_updates(agent, planned_steps(agent, total)) == updates
 
 
 def test_planned_updates_of_a_second_run():
     agent = make_agent(gradient_steps=1).learn(80)
     # The warm-up is over
-    assert planned_updates(agent, 180) == 100
+    assert planned_updates(agent, planned_steps(agent, 180)) == 100
+
+
+@pytest.mark.parametrize("train_freq, n_envs, steps", [(4, 1, 12), (4, 2, 16), ((3, "episode"), 2, 10), (1, 1, 10)])
+def test_planned_steps_are_those_of_whole_rollouts(train_freq, n_envs, steps):
+    env = make_vec_env(
+        "Pendulum-v1", n_envs=n_envs, wrapper_class=gym.wrappers.TimeLimit, wrapper_kwargs={"max_episode_steps": 5}
+    )
+    agent = make_agent(env, train_freq=train_freq)
+    agent._convert_train_freq()
+    assert planned_steps(agent, 10) == steps
+    if train_freq != (3, "episode"):
+        assert agent.learn(10).num_timesteps == steps
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import MlpPolicy as SACMlpPolicy
 
 from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.common.compilation import planned_steps
 from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.update import networks_state
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
@@ -140,8 +141,9 @@ def test_episodes_count_in_the_agents_life(updates):
 @pytest.mark.parametrize(
     "kwargs, steps, planned",
     [
-        ({}, 99, 0),
-        # Those for the random steps, too
+        ({}, 50, 0),
+        # To the end of a block; those for the random steps, too
+        ({}, 99, 8),
         ({}, 100, 8),
         ({}, 1_000, 80),
         ({"gradient_steps": -1}, 1_000, 1_000),
@@ -150,8 +152,8 @@ def test_episodes_count_in_the_agents_life(updates):
 )
 def test_planned_updates(kwargs, steps, planned, updates):
     agent = make(**kwargs)
-    assert agent.planned_updates(steps) == planned
-    if planned == 80:
+    assert agent.planned_updates(planned_steps(agent, steps)) == planned
+    if planned in (0, 8, 80):
         agent.learn(steps)
         assert sum(updates) == planned
 
@@ -343,6 +345,10 @@ def test_statistics_are_those_of_the_real_data():
         np.testing.assert_allclose(network.standardise.std, real.std(axis=0), rtol=1e-5)
     # The target critics are in the units of the critics
     assert (agent.critic_target.bounds == agent.critic.bounds).all() and agent.critic.bounds.diff() > 0
+
+
+def test_all_networks_are_elites():
+    assert make(ensemble_size=4, num_elites=None).num_elites == 4
 
 
 def test_policy_kwargs():
@@ -594,9 +600,16 @@ def test_divergence_is_undone():
         agent.learn(100)
     assert parameters(agent).isfinite().all() and agent.critic.bounds.isfinite().all()
     assert agent.logger.name_to_value == {}
-    # A reward function has no part in it
-    with pytest.raises(DivergenceError, match=r"Lower `learning_rate`\.$"):
-        make(learning_rate=1e30, reward_fn=pendulum_reward).learn(100)
+    assert agent.advice_on_divergence == "Lower `learning_rate`."
+
+
+def test_reward_fn_whose_gradient_is_not_finite_is_named():
+    def distance(obs, action, next_obs):
+        return (0 * action[:, 0]).sqrt() - obs[:, 2].square()
+
+    with pytest.warns(UserWarning, match="`reward_fn` disagrees"):
+        with pytest.raises(DivergenceError, match=r"or mend `reward_fn`, whose gradient must be finite"):
+            make(reward_fn=distance).learn(100)
 
 
 def test_reward_fn_that_is_not_finite_is_named():
@@ -624,7 +637,12 @@ def test_train_without_a_model_says_what_to_do(tmp_path):
         ({"gamma": 1.0}, r"`gamma` must be a number from 0 to below 1.* not 1.0"),
         ({"policy": SACMlpPolicy}, r"`policy` must be 'MlpPolicy'"),
         ({"policy_kwargs": {"dropout": 1.0}}, r"`dropout` must be a number from 0 to below 1"),
-        ({"policy_kwargs": {"net_arch": []}}, r"`net_arch` must have at least one hidden layer"),
+        ({"policy_kwargs": {"net_arch": []}}, r"`net_arch` must be a list of whole numbers, .* not \[\]"),
+        ({"policy_kwargs": {"net_arch": 256}}, r"`net_arch` must be a list of whole numbers, .* not 256"),
+        ({"policy_kwargs": {"net_arch": {"pi": [16], "qf": [1.5]}}}, r"`net_arch` must be a list of whole numbers"),
+        ({"policy_kwargs": {"activation_fn": "relu"}}, r"`activation_fn` must be a class of torch.nn.* not 'relu'"),
+        ({"policy_kwargs": {"n_critics": 0}}, r"`n_critics` must be a whole number, 1 or more, not 0"),
+        ({"policy_kwargs": {"use_sde": True}}, r"`use_sde` must be False"),
         ({"policy_kwargs": {"optimizer_class": th.optim.SGD}}, r"`policy_kwargs`.* Adam only"),
         ({"policy_kwargs": {"optimizer_kwargs": {"amsgrad": True}}}, r"`policy_kwargs`.* Adam only"),
         ({"reward_fn": 3}, r"`reward_fn` must be None or a function"),

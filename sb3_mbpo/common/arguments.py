@@ -50,9 +50,23 @@ def check_number(agent: object, name: str, is_allowed: Callable[[float], bool], 
 def check_arguments(agent: "ModelBasedSAC") -> None:
     """
     :param agent: With the arguments as its attributes
-    :raises ValueError: if one of those that are not SAC's, but of the model, is not in its range
+    :raises ValueError: if one of those that all algorithms have is not in its range
     """
     check_whole(agent, "batch_size", "ensemble_size", "num_elites", "model_train_freq")
+    # SB3 makes a named tuple of it
+    frequency = agent.train_freq[0] if isinstance(agent.train_freq, tuple) and agent.train_freq else agent.train_freq
+    if not is_whole_number(frequency) or frequency < 1:
+        raise ValueError(
+            "`train_freq` must be a whole number of steps, 1 or more, or a tuple such as (1, 'step') or (1, 'episode'), not "
+            f"{agent.train_freq!r}"
+        )
+    if not is_whole_number(agent.gradient_steps) or agent.gradient_steps < -1:
+        raise ValueError(
+            "`gradient_steps` must be a whole number, 0 or more, or -1 (as many as steps in the environment), not "
+            f"{agent.gradient_steps!r}"
+        )
+    for name in ("tau", "gamma"):
+        check_number(agent, name, lambda value: 0 <= value <= 1, "a number from 0 to 1")
     if agent.num_elites > agent.ensemble_size:
         raise ValueError(
             f"`num_elites` must not be larger than `ensemble_size` ({agent.ensemble_size}), but is {agent.num_elites}"

@@ -108,7 +108,7 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
     if OWN_ENTRY not in names:
         raise ValueError(
             f"The file {file} was not saved by MBPO or DHMBPO: it has no dynamics model. Load it with the algorithm that "
-            "saved it; to start with the policy of a SAC, make an agent of MBPO and call "
+            "saved it; to start with the policy of a SAC, make an agent of MBPO (DHMBPO has networks of its own) and call "
             f"`agent.set_parameters({str(path)!r}, exact_match=False)`."
         )
     if OLD_ARGUMENT in attributes:
@@ -146,11 +146,14 @@ def explained(file: str, saved: dict[str, Any], given: dict[str, Any]) -> Iterat
             "or pass `custom_objects` with something in place of what is from there, for instance "
             "`custom_objects={'termination_fn': None}`."
         ) from error
-    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, ImportError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, EOFError, ImportError, ValueError) as error:
         # SB3 looks for a DQN where names do not match, and fails at it
         reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
         version = saved.get("sb3_mbpo_version", "(unknown version)")
         changed = [name for name in SIZES if name in given and _is_changed(saved.get(name), given[name])]
+        if isinstance(error, ValueError) and not changed:
+            # Of an argument that can be changed
+            raise
         with_changes = f", with {', '.join(changed)} changed (sizes of networks must be as saved)" if changed else ""
         raise ValueError(
             f"The agent in {file}, saved by sb3_mbpo {version}, cannot be put together by sb3_mbpo {__version__}"

@@ -57,14 +57,27 @@ def why_not(attempt: Callable[[], None]) -> str | None:
     return None
 
 
-def planned_updates(agent: "ModelBasedSAC", total_timesteps: int) -> float:
+def planned_steps(agent: "ModelBasedSAC", total_timesteps: int) -> int:
     """
     :param agent: Before or amid training
     :param total_timesteps: At which ``num_timesteps`` training ends
-    :return: How many gradient updates there will be until then; where it depends on the length of episodes, one for each step
+    :return: How many environment steps there will be until then: whole rollouts of ``train_freq`` steps. How long one of
+        episodes is, is not known
+    """
+    assert isinstance(agent.train_freq, TrainFreq)
+    is_in_steps = agent.train_freq.unit is TrainFrequencyUnit.STEP
+    at_once = agent.n_envs * (agent.train_freq.frequency if is_in_steps else 1)
+    return -(-max(total_timesteps - agent.num_timesteps, 0) // at_once) * at_once
+
+
+def planned_updates(agent: "ModelBasedSAC", steps: int) -> float:
+    """
+    :param agent: Before or amid training
+    :param steps: Environment steps that are to come
+    :return: How many gradient updates there will be; where it depends on the length of episodes, one for each step
     """
     warm_up = max(agent.learning_starts - agent.lifetime_timesteps, 0)
-    return max(total_timesteps - agent.num_timesteps - warm_up, 0) * updates_per_step(agent)
+    return max(steps - warm_up, 0) * updates_per_step(agent)
 
 
 def updates_per_step(agent: "ModelBasedSAC") -> float:
@@ -73,9 +86,8 @@ def updates_per_step(agent: "ModelBasedSAC") -> float:
     :return: Gradient updates for each environment step; 1 where it depends on the length of episodes
     """
     assert isinstance(agent.train_freq, TrainFreq)
-    is_in_steps = agent.train_freq.unit is TrainFrequencyUnit.STEP and agent.train_freq.frequency > 0
-    if agent.gradient_steps < 0 or not is_in_steps:
-        # How long episodes are is not known; what is no frequency SB3 refuses later
+    if agent.gradient_steps < 0 or agent.train_freq.unit is TrainFrequencyUnit.EPISODE:
+        # How long episodes are is not known
         return 1.0
     return agent.gradient_steps / (agent.train_freq.frequency * agent.n_envs)
 
@@ -93,6 +105,9 @@ def compile_all(agent: "ModelBasedSAC", n_updates: float) -> dict[str, str | Non
         reason = "`compile` is False"
     elif agent.compile == "auto" and n_updates < agent.min_updates_to_compile:
         reason = f"{n_updates:,.0f} updates would not repay compiling, {agent.min_updates_to_compile:,} would"
+    if reason is None and agent.verbose >= 1:
+        # Nothing else is printed meanwhile
+        print("Compiling: one to two minutes, some seconds if this was done here before. `compile=False` leaves it out.")
     reasons = {"updates": reason or agent.why_not_compiled() or why_not(agent.try_updates)}
     if agent.uses_model:
         reasons["model"] = reason or why_not(lambda: try_step(agent.dynamics, compiled(train_step, agent.device.type)))

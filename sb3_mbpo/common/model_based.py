@@ -22,7 +22,7 @@ from sb3_mbpo.common.arguments import check_arguments, check_sizes
 from sb3_mbpo.common.buffers import check_finite, max_transitions, n_transitions
 from sb3_mbpo.common.callbacks import DynamicsCallback, progress_bars
 from sb3_mbpo.common.checkpoints import atomic_file, explained, saved_attributes
-from sb3_mbpo.common.compilation import compile_all, planned_updates, report_compilation
+from sb3_mbpo.common.compilation import compile_all, planned_steps, planned_updates, report_compilation
 from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.common.spaces import check_goals, check_spaces, flat_dim
@@ -60,7 +60,6 @@ class ModelBasedSAC(SAC):
     needs_gradients: ClassVar[bool] = False
     # Whether critics learn the rewards that `VecNormalize` makes, or those of the environment
     learns_normalised_rewards: ClassVar[bool] = True
-    advice_on_divergence: ClassVar[str] = "Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
     # What was generated, for gradient updates to sample from
     model_buffer: GeneratedBuffer
 
@@ -203,6 +202,11 @@ class ModelBasedSAC(SAC):
         return None
 
     @property
+    def advice_on_divergence(self) -> str:
+        """What to do when gradient updates diverge."""
+        return "Lower `learning_rate`, or scale the rewards (`VecNormalize`)."
+
+    @property
     def instead_of_compiled(self) -> str:
         """How its updates are made where they are not compiled, for the line that says so."""
         return ""
@@ -259,13 +263,12 @@ class ModelBasedSAC(SAC):
         """
         return self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
 
-    def planned_updates(self, total_timesteps: int) -> float:
+    def planned_updates(self, steps: int) -> float:
         """
-        :param total_timesteps: At which ``num_timesteps`` training ends
-        :return: How many gradient updates there will be until then; where it depends on the length of episodes, one for each
-            step
+        :param steps: Environment steps that are to come
+        :return: How many gradient updates there will be; where it depends on the length of episodes, one for each step
         """
-        return planned_updates(self, total_timesteps)
+        return planned_updates(self, steps)
 
     @property
     def not_copied(self) -> list[object]:
@@ -401,14 +404,14 @@ class ModelBasedSAC(SAC):
             self._episodes_before_reset += episodes
         self.uses_vec_normalize = self.get_vec_normalize_env() is not None and self.learns_normalised_rewards
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        lifetime_timesteps = self.lifetime_timesteps + result[0] - self.num_timesteps
-        if self.verbose >= 1 and not self._is_over(lifetime_timesteps):
+        n_steps = planned_steps(self, result[0])
+        if self.verbose >= 1 and not self._is_over(self.lifetime_timesteps + n_steps):
             print(
                 f"All of these steps are random: learning starts after {self.learning_starts:,} of the agent's life "
-                f"(`learning_starts`), and it will have made {lifetime_timesteps:,}"
+                f"(`learning_starts`), and it will have made {self.lifetime_timesteps + n_steps:,}"
             )
         start = time.perf_counter()
-        reasons = compile_all(self, self.planned_updates(result[0]))
+        reasons = compile_all(self, self.planned_updates(n_steps))
         self.is_compiled = {what: reasons.get(what, "") is None for what in self.is_compiled}
         self.seconds["compile"] = time.perf_counter() - start
         report_compilation(self, reasons)

@@ -23,7 +23,7 @@ from sb3_mbpo.common.update import entropy_coefficient, has_finite_networks, net
 from sb3_mbpo.dhmbpo.arguments import check_arguments, check_optimizers
 from sb3_mbpo.dhmbpo.buffers import StateBuffer
 from sb3_mbpo.dhmbpo.callbacks import DHMBPOCallback
-from sb3_mbpo.dhmbpo.policies import ActorLayers, CriticLayers, DHMBPOActor, DHMBPOPolicy, MultiInputPolicy
+from sb3_mbpo.dhmbpo.policies import NO_SDE, ActorLayers, CriticLayers, DHMBPOActor, DHMBPOPolicy, MultiInputPolicy
 from sb3_mbpo.dhmbpo.rollouts import Model, RolloutNoise, Termination, draw_rollout_noise, roll_out, state_step
 from sb3_mbpo.dhmbpo.update import (
     Networks,
@@ -105,7 +105,7 @@ class DHMBPO(ModelBasedSAC):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param ensemble_size: Number of networks in the dynamics ensemble
-    :param num_elites: Number of networks, the best on held-out data, that generate states
+    :param num_elites: Number of networks, the best on held-out data, that generate states; None: all
     :param model_hidden_sizes: Units of each hidden layer of each network
     :param model_learning_rate: Learning rate of the ensemble's Adam
     :param termination_fn: See :class:`~sb3_mbpo.MBPO`. A function of arrays cannot be part of a compiled graph: each rollout
@@ -131,7 +131,6 @@ class DHMBPO(ModelBasedSAC):
     min_updates_to_compile: ClassVar[int] = 2_000
     needs_gradients: ClassVar[bool] = True
     learns_normalised_rewards: ClassVar[bool] = False
-    advice_on_divergence: ClassVar[str] = "Lower `learning_rate`."
     policy: DHMBPOPolicy
     actor: DHMBPOActor
     model_buffer: StateBuffer
@@ -162,7 +161,7 @@ class DHMBPO(ModelBasedSAC):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         ensemble_size: int = 5,
-        num_elites: int = 5,
+        num_elites: int | None = None,
         model_hidden_sizes: Sequence[int] = (200, 200, 200, 200),
         model_learning_rate: float = 2e-3,
         termination_fn: TransitionFn | None = None,
@@ -172,6 +171,9 @@ class DHMBPO(ModelBasedSAC):
         training_horizon: int = 5,
         distribution_horizon: int = 20,
     ) -> None:
+        if (policy_kwargs or {}).get("use_sde"):
+            # SB3 would overwrite it
+            raise ValueError(NO_SDE)
         super().__init__(
             policy,
             env,
@@ -196,7 +198,7 @@ class DHMBPO(ModelBasedSAC):
             seed=seed,
             device=device,
             ensemble_size=ensemble_size,
-            num_elites=num_elites,
+            num_elites=ensemble_size if num_elites is None else num_elites,
             model_hidden_sizes=model_hidden_sizes,
             model_learning_rate=model_learning_rate,
             # After each block, see `prepare_to_learn`
@@ -245,6 +247,13 @@ class DHMBPO(ModelBasedSAC):
     def advice_on_long_rollouts(self) -> str:
         """What a report says if they go further than the model is right for."""
         return "lower `distribution_horizon` if it does not learn"
+
+    @property
+    def advice_on_divergence(self) -> str:
+        """What to do when gradient updates diverge."""
+        if self.reward_fn is None:
+            return "Lower `learning_rate`."
+        return "Lower `learning_rate`, or mend `reward_fn`, whose gradient must be finite: that of a square root at 0 is not."
 
     def learn(
         self: SelfDHMBPO,
@@ -308,13 +317,12 @@ class DHMBPO(ModelBasedSAC):
         done = self.lifetime_timesteps // self.n_envs if in_steps else self._episodes_before_reset + self._episode_num
         return self.gradient_steps * max(done // self.train_freq.frequency, 1)
 
-    def planned_updates(self, total_timesteps: int) -> float:
+    def planned_updates(self, steps: int) -> float:
         """
-        :param total_timesteps: At which ``num_timesteps`` training ends
-        :return: How many joint updates there will be until then, those for the random steps included; where it depends on the
-            length of episodes, one for each step
+        :param steps: Environment steps that are to come
+        :return: How many joint updates there will be, those for the random steps included; where it depends on the length of
+            episodes, one for each step
         """
-        steps = max(total_timesteps - self.num_timesteps, 0)
         if not self._is_over(self.lifetime_timesteps + steps):
             return 0.0
         return (steps + (self.lifetime_timesteps if self._n_updates == 0 else 0)) * updates_per_step(self)
@@ -474,7 +482,7 @@ class DHMBPO(ModelBasedSAC):
         if self.verbose >= 1:
             print(
                 f"Updates at step {self.lifetime_timesteps:,}: {gradient_steps:,}, {time.perf_counter() - start:.1f} s, "
-                f"{alive:.0%} of the rollouts alive, values from {q_low:.4g} to {q_high:.4g}"
+                f"{alive:.0%} of the rollouts alive, bounds of the critics {q_low:.4g} and {q_high:.4g}"
             )
 
     @th.no_grad()

@@ -15,6 +15,9 @@ from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_mbpo.common.arguments import is_whole_number
+
+NO_SDE = "`use_sde` must be False: gradients of DHMBPO pass through noise that is drawn anew at each step"
 # Added to the standard deviation of the actor
 MIN_STD = 1e-5
 # Of the layer norm
@@ -227,14 +230,28 @@ class CriticLayers(nn.Module):
         return self.critic.outputs(obs, actions, dropped)
 
 
-def check_net_arch(net_arch: list[int] | dict[str, list[int]] | None) -> None:
+def check_policy_kwargs(
+    net_arch: list[int] | dict[str, list[int]] | None, activation_fn: type[nn.Module], n_critics: int, dropout: float
+) -> None:
     """
     :param net_arch: Of the policy
-    :raises ValueError: if actor or critics would have no hidden layer
+    :param activation_fn: Of the policy
+    :param n_critics: Of the policy
+    :param dropout: Of the policy
+    :raises ValueError: if one of them is not in its range
     """
-    for sizes in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
-        if sizes is not None and len(sizes) == 0:
-            raise ValueError(f"`net_arch` must have at least one hidden layer for actor and critics, but is {net_arch!r}")
+    for sizes in net_arch.values() if isinstance(net_arch, dict) else [] if net_arch is None else [net_arch]:
+        if not isinstance(sizes, list | tuple) or not sizes or not all(is_whole_number(size) and size > 0 for size in sizes):
+            raise ValueError(
+                "`net_arch` must be a list of whole numbers, at least one hidden layer for actor and critics, or "
+                f"{{'pi': ..., 'qf': ...}} with such lists, not {net_arch!r}"
+            )
+    if not (isinstance(activation_fn, type) and issubclass(activation_fn, nn.Module)):
+        raise ValueError(f"`activation_fn` must be a class of torch.nn, such as torch.nn.SiLU, not {activation_fn!r}")
+    if not is_whole_number(n_critics) or n_critics < 1:
+        raise ValueError(f"`n_critics` must be a whole number, 1 or more, not {n_critics!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be a number from 0 to below 1, not {dropout!r}")
 
 
 class DHMBPOPolicy(SACPolicy):
@@ -269,15 +286,13 @@ class DHMBPOPolicy(SACPolicy):
         **kwargs: Any,
     ) -> None:
         if kwargs.get("use_sde"):
-            raise ValueError("`use_sde` must be False: gradients of DHMBPO pass through noise that is drawn anew at each step")
+            raise ValueError(NO_SDE)
         if features_extractor_class not in (FlattenExtractor, CombinedExtractor):
             raise ValueError(
                 "`features_extractor_class` must be FlattenExtractor or CombinedExtractor, not "
                 f"{features_extractor_class.__name__}: states of the model are flat, and pass through none. Use `net_arch`."
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must be a number from 0 to below 1, not {dropout!r}")
-        check_net_arch(net_arch)
+        check_policy_kwargs(net_arch, activation_fn, n_critics, dropout)
         self.dropout = dropout
         super().__init__(
             observation_space,
