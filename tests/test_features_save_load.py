@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from contextlib import nullcontext
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -221,6 +222,15 @@ def test_parameters_of_sac():
 def test_wrong_parameters(agent, wrong):
     with pytest.raises((ValueError, RuntimeError), match="no_such"):
         agent.set_parameters(wrong)
+
+
+def test_parameters_are_set_all_or_none():
+    agent = make(MBPO)
+    before = deepcopy(agent.get_parameters())
+    zeros = {name: th.zeros_like(tensor) for name, tensor in before["policy"].items()}
+    with pytest.raises(ValueError, match="no_such_name"):
+        agent.set_parameters({"policy": zeros, "no_such_name": {}})
+    th.testing.assert_close(agent.get_parameters(), before, rtol=0, atol=0)
 
 
 def test_policy_alone(agent, tmp_path):

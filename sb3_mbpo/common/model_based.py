@@ -4,6 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -13,7 +14,7 @@ import torch as th
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, ProgressBarCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TensorDict, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -519,6 +520,29 @@ class ModelBasedSAC(SAC):
                     f"Python?). Pass `custom_objects={{'{name}': ...}}` with the function, or None to do without it."
                 )
         return agent
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules (see
+        ``get_parameters``). If something in it does not fit, the agent stays as it was.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+            containing nn.Module parameters used by the policy
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception. If set to False, this can be used to update only specific parameters.
+        :param device: Device on which the code should run.
+        """
+        before: Any = deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except Exception:
+            super().set_parameters(before, device=device)
+            raise
 
     def save_replay_buffer(self, path: str | Path | BufferedIOBase) -> None:
         """

@@ -23,6 +23,14 @@ def check_arguments(agent: "DHMBPO") -> None:
         raise ValueError(
             f"`policy` must be 'MlpPolicy', 'MultiInputPolicy' or a subclass of DHMBPOPolicy, not {agent.policy_class}"
         )
+    # Where `load` or a user has set them
+    for name, value, only in (
+        ("use_sde", agent.use_sde, False),
+        ("n_steps", agent.n_steps, 1),
+        ("target_update_interval", agent.target_update_interval, 1),
+    ):
+        if value != only:
+            raise ValueError(f"`{name}` has no meaning in DHMBPO: leave it at {only!r}, not {value!r}")
     vec_normalize = agent.get_vec_normalize_env()
     if vec_normalize is not None and vec_normalize.norm_obs:
         raise ValueError(

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
 class DHMBPOCallback(DynamicsCallback):
     """
-    After each training of the model, the policy standardises observations as the model does, and the agent knows from which
-    real states to start.
+    After each training of the model, the agent knows the model, and from which real states to start.
 
     :param verbose: Verbosity level: 0 for no output, 1 for info messages
     """
@@ -24,6 +23,4 @@ class DHMBPOCallback(DynamicsCallback):
         return True
 
     def _use_model(self, transitions: Transitions) -> None:
-        agent, dim = self.model, transitions.obs.shape[1]
-        agent.policy.set_statistics(agent.dynamics.input_mean[:dim], agent.dynamics.input_std[:dim])
-        agent.real_states, agent.model_env = self._with_goals(transitions).obs, self.model_env
+        self.model.real_states, self.model.model_env = self._with_goals(transitions).obs, self.model_env

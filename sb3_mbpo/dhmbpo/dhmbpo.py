@@ -77,11 +77,10 @@ class DHMBPO(ModelBasedSAC):
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
     :param gamma: the discount factor, below 1
     :param train_freq: Steps of a block, after which model and policy are trained. Alternatively pass a tuple of frequency and
-        unit like ``(1000, "step")`` or ``(2, "episode")``. For tasks of a few thousand steps in all, 250, and as many
-        ``gradient_steps``.
+        unit like ``(1000, "step")`` or ``(2, "episode")``. For tasks of a few thousand steps in all, 250.
     :param gradient_steps: How many updates of actor and critics to do after each block; a quarter as many of the critics alone
         come before. The first time there are as many for each block of random steps. Set to ``-1`` means to do as many as
-        there were steps in the block.
+        there were steps in the block, in all environments.
     :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
         Not used in model rollouts.
     :param replay_buffer_class: Replay buffer class to use for the real transitions.
@@ -146,7 +145,7 @@ class DHMBPO(ModelBasedSAC):
         tau: float = 0.005,
         gamma: float = 0.995,
         train_freq: int | tuple[int, str] = 1_000,
-        gradient_steps: int = 1_000,
+        gradient_steps: int = -1,
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
@@ -451,7 +450,7 @@ class DHMBPO(ModelBasedSAC):
         if self.env is not None and self.model_env.env is not self.env:
             # `set_env` since the last block
             self.model_env = ModelEnv(self, self.env)
-        before, start = networks_state(self), time.perf_counter()
+        before, start, dim = networks_state(self), time.perf_counter(), flat_dim(self.observation_space)
         if self.verbose >= 1 and self._n_updates == 0:
             # They take the longest, and nothing else is printed meanwhile
             print(f"First updates, for all steps so far: {gradient_steps:,}")
@@ -460,6 +459,8 @@ class DHMBPO(ModelBasedSAC):
         for optimizer in optimizers(self):
             optimizer.state.clear()
         try:
+            # What the actor does changes with them, so they belong to the updates
+            self.policy.set_statistics(self.dynamics.input_mean[:dim], self.dynamics.input_std[:dim])
             with self.described("Updating policy and critics"):
                 results, n_lost = self._run_updates(gradient_steps, batch_size, of_critics, joint)
             if n_lost > 0 and self.reward_fn is not None:

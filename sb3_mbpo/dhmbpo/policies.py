@@ -1,7 +1,7 @@
 """DHMBPO's networks: an actor and bounded critics that standardise what they see."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -320,6 +320,16 @@ class DHMBPOPolicy(SACPolicy):
         """
         kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
         return BoundedCritics(dropout=self.dropout, **kwargs).to(self.device)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        See :meth:`torch.nn.Module.load_state_dict`.
+
+        :raises ValueError: if it is another policy's, SAC's for instance, of which some names would fit
+        """
+        if "critic.bounds" not in state_dict:
+            raise ValueError("These are the weights of another policy: those of a DHMBPO have `critic.bounds`")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "dropout": self.dropout}
