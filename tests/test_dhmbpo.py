@@ -218,7 +218,7 @@ def test_it_says_how_long_to_wait(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "pdates" in line]
     assert lines[0].startswith("Not compiled: gradient updates") and lines[1] == "First updates, for all steps so far: 8"
     assert lines[2].startswith("Updates at step 100: 8, ") and lines[3].startswith("Updates at step 150: 4, ")
-    assert "% of the rollouts alive, values from " in lines[2] and len(lines) == 4
+    assert "% of the rollouts alive, bounds of the critics " in lines[2] and len(lines) == 4
 
 
 def test_progress_bar_says_what_it_waits_for(monkeypatch):

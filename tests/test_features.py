@@ -491,9 +491,11 @@ def test_refused_as_by_sac(name):
     assert str(ours.value).replace("MBPO", "SAC") == str(sacs.value)
 
 
-def test_train_freq_of_zero():
-    with pytest.raises(AssertionError, match="at least collect one step"):
-        make(MBPO, train_freq=0).learn(1)
+@pytest.mark.parametrize("train_freq", [0, (0, "episode")])
+def test_train_freq_of_zero(train_freq):
+    """SB3 says so in `learn()`."""
+    with pytest.raises(ValueError, match="`train_freq` must be 1 or more steps or episodes, not 0"):
+        make(MBPO, train_freq=train_freq)
 
 
 def test_n_steps_of_a_buffer_of_ones_own():

@@ -53,13 +53,10 @@ def check_arguments(agent: "ModelBasedSAC") -> None:
     :raises ValueError: if one of those that all algorithms have is not in its range
     """
     check_whole(agent, "batch_size", "ensemble_size", "num_elites", "model_train_freq")
-    # SB3 makes a named tuple of it
+    # SB3 makes a named tuple of it, and says what else may be wrong with it
     frequency = agent.train_freq[0] if isinstance(agent.train_freq, tuple) and agent.train_freq else agent.train_freq
-    if not is_whole_number(frequency) or frequency < 1:
-        raise ValueError(
-            "`train_freq` must be a whole number of steps, 1 or more, or a tuple such as (1, 'step') or (1, 'episode'), not "
-            f"{agent.train_freq!r}"
-        )
+    if is_whole_number(frequency) and frequency < 1:
+        raise ValueError(f"`train_freq` must be 1 or more steps or episodes, not {frequency!r}")
     if not is_whole_number(agent.gradient_steps) or agent.gradient_steps < -1:
         raise ValueError(
             "`gradient_steps` must be a whole number, 0 or more, or -1 (as many as steps in the environment), not "

@@ -130,7 +130,7 @@ def report_compilation(agent: "ModelBasedSAC", reasons: dict[str, str | None]) -
             which = which.replace(names["updates"], names["updates"] + agent.instead_of_compiled)
             message = f"Not compiled: {which}, because {reason}"
             if agent.compile is True:
-                warnings.warn(message, stacklevel=6)
+                warnings.warn(message, stacklevel=5)
                 continue
         if agent.verbose >= 1:
             print(message)
