@@ -1,5 +1,6 @@
 """DHMBPO as a user meets it: blocks, states, policy, arguments, files."""
 
+import warnings
 import zipfile
 
 import gymnasium as gym
@@ -370,6 +371,16 @@ def test_arguments_without_a_meaning_are_refused_at_loading(change, tmp_path):
     make().save(tmp_path / "agent")
     with pytest.raises(ValueError, match=f"`{next(iter(change))}` has no meaning in DHMBPO"):
         DHMBPO.load(tmp_path / "agent", **change)
+
+
+@pytest.mark.parametrize(
+    "train_freq, n_envs, warned", [(49, 1, True), (50, 1, False), (25, 2, False), ((1, "episode"), 1, False)]
+)
+def test_blocks_that_are_too_short_are_warned_of(train_freq, n_envs, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(make_vec_env("Pendulum-v1", n_envs), train_freq=train_freq)
+    assert [str(each.message)[:15] for each in caught] == ["`train_freq=49`"] * warned
 
 
 def test_all_networks_are_elites():

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -44,6 +45,8 @@ SelfDHMBPO = TypeVar("SelfDHMBPO", bound="DHMBPO")
 # Joint updates between two distribution rollouts, and how many of these rollouts the buffer of states has room for
 UPDATES_PER_ROLLOUT = 20
 ROLLOUTS_KEPT = 10
+# Steps of a block, below which there is a warning
+SHORTEST_BLOCK = 50
 # Updates of the critics alone, for the new model, for each joint update that follows
 CRITIC_SHARE = 0.25
 
@@ -222,6 +225,14 @@ class DHMBPO(ModelBasedSAC):
         super()._setup_model()
         check_optimizers(self)
         self.prepare_to_learn()
+        assert isinstance(self.train_freq, TrainFreq)
+        if self.train_freq.unit is TrainFrequencyUnit.STEP and self.model_train_freq < SHORTEST_BLOCK:
+            warnings.warn(
+                f"`train_freq={self.train_freq.frequency}` makes blocks of {self.model_train_freq} steps, after each of which "
+                "the model is trained and Adam begins anew: slow, and hardly tried. DHMBPO is meant for 1,000, or 250 where "
+                "some thousand steps are all there are.",
+                stacklevel=3,
+            )
 
     def prepare_to_learn(self) -> None:
         """The model is trained after each block, and the buffer of states has room for the same number of rollouts."""
