@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +23,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_mbpo import MBPO, __version__
+from sb3_mbpo import DHMBPO, MBPO, __version__
 from sb3_mbpo.common.checkpoints import atomic_file
 from tests.agents import make_agent
 from tests.envs import CountingEnv
@@ -293,13 +295,13 @@ def test_altered_zip(saved, seed):
     assert str(saved) in str(error.value)
 
 
-def rewritten(path, change):
-    """The same zip, with ``change(attributes)`` made to its JSON."""
+def rewritten(path, change, **others):
+    """The same zip, with ``change(attributes)`` made to its JSON, and other text files in it."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     attributes = json.loads(entries["data"])
     change(attributes)
-    entries["data"] = json.dumps(attributes).encode()
+    entries |= {"data": json.dumps(attributes).encode(), **{f"{name}.txt": text for name, text in others.items()}}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
@@ -452,6 +454,53 @@ def test_custom_objects_keep_functions_from_being_unpickled(tmp_path):
 
     rewritten(tmp_path / "agent.zip", change)
     assert MBPO.load(tmp_path / "agent.zip", custom_objects={"termination_fn": None}).termination_fn is None
+
+
+def is_high(obs, action, next_obs):
+    return next_obs[:, 0] > 5
+
+
+@pytest.mark.parametrize("cls", [MBPO, DHMBPO])
+@pytest.mark.parametrize("target", ["path", "stream"])
+def test_bytecode_of_another_python_is_not_unpickled(cls, target, tmp_path):
+    """It would crash the interpreter, or blame pickling."""
+    arguments = {"termination_fn": lambda obs, action, next_obs: next_obs[:, 0] > 5, "learning_rate": lambda left: 1e-3 * left}
+    agent = cls("MlpPolicy", CountingEnv(), buffer_size=100, device="cpu", **arguments)
+    agent.save(tmp_path / "agent.zip")
+    with zipfile.ZipFile(tmp_path / "agent.zip") as archive:
+        info = archive.read("system_info.txt").decode()
+    assert "Python: 3." in info
+
+    def change(attributes):
+        # So that unpickling it shows
+        for name in ("termination_fn", "learning_rate", "lr_schedule"):
+            pickled = base64.b64decode(attributes[name][":serialized:"])
+            attributes[name][":serialized:"] = base64.b64encode(pickled.replace(b"_make_function", b"_make_nonsense")).decode()
+
+    rewritten(tmp_path / "agent.zip", change, system_info=info.replace("Python: 3.", "Python: 3.9"))
+
+    def load(**kwargs):
+        file = io.BytesIO((tmp_path / "agent.zip").read_bytes()) if target == "stream" else tmp_path / "agent.zip"
+        return cls.load(file, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"saved by Python 3\.9\d+, .* cannot run: .*`termination_fn`") as error:
+            load()
+    # The advice is good
+    advice = re.search(r"`custom_objects=(\{.*?\})`", str(error.value))[1]
+    assert sorted(eval(advice)) == ["learning_rate", "lr_schedule", "termination_fn"]
+    loaded = load(custom_objects=eval(advice))
+    obs = np.zeros(agent.observation_space.shape, np.float32)
+    assert loaded.predict(obs, deterministic=True)[0] == agent.predict(obs, deterministic=True)[0]
+    assert load(custom_objects={**eval(advice), "termination_fn": is_high}).termination_fn is is_high
+
+
+def test_functions_of_a_module_are_loaded_by_another_python(tmp_path):
+    agent = make_agent(CountingEnv(), termination_fn=is_high)
+    agent.save(tmp_path / "agent.zip")
+    rewritten(tmp_path / "agent.zip", lambda attributes: None, system_info="- Python: 3.9.1\n")
+    assert MBPO.load(tmp_path / "agent.zip").termination_fn is is_high
 
 
 def test_a_function_that_cannot_be_unpickled_is_not_lost_silently(tmp_path):

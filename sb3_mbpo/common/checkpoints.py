@@ -1,12 +1,16 @@
 """Files of an agent: written in one step, and checked before they are read."""
 
+import base64
 import json
 import os
+import pickletools
+import re
 import shutil
+import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -19,6 +23,8 @@ from sb3_mbpo import __version__
 OWN_ENTRY = "dynamics.pth"
 # What agents had whose model was not standardised
 OLD_ARGUMENT = "model_max_epochs"
+# What is enough, in place of attributes that cannot be loaded, for an agent that only predicts
+IN_PLACE = {"termination_fn": None, "reward_fn": None, "learning_rate": 0.0, "lr_schedule": None, "action_noise": None}
 # Arguments that decide the shapes of what is saved
 SIZES = ("ensemble_size", "model_hidden_sizes", "num_elites", "policy_kwargs")
 
@@ -117,6 +123,49 @@ def saved_attributes(path: str | Path | BufferedIOBase) -> dict[str, Any]:
             "loaded by this one: train again, or load it with the version of that day."
         )
     return attributes
+
+
+def _has_bytecode(pickled: str) -> bool:
+    """Whether a pickle, in base64, holds functions themselves, not only their names. Nothing is executed."""
+    try:
+        return any(argument == "CodeType" for _, argument, _ in pickletools.genops(base64.b64decode(pickled)))
+    # Whoever unpickles it will say what is wrong with it
+    except ValueError:
+        return False
+
+
+def check_python(path: str | Path | BufferedIOBase, saved: dict[str, Any], replaced: Collection[str]) -> None:
+    """
+    Functions that are in no module that can be imported (a lambda, what is defined in a script) are saved as bytecode, which
+    another minor version of Python does not understand: it would crash.
+
+    :param path: Of the agent's file
+    :param saved: What :func:`saved_attributes` found in it
+    :param replaced: Names of attributes that are not going to be unpickled
+    :raises ValueError: if bytecode of another version would be unpickled
+    """
+    file = find_file(path, "zip") if isinstance(path, str | Path) else path
+    try:
+        with zipfile.ZipFile(file) as archive:
+            info = archive.read("system_info.txt").decode() if "system_info.txt" in archive.namelist() else ""
+    finally:
+        if isinstance(file, BufferedIOBase):
+            file.seek(0)
+    version, here = re.search(r"Python: (\d+\.\d+)", info), f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version is None or version[1] == here:
+        return
+    names = [
+        name
+        for name, value in saved.items()
+        if name not in replaced and isinstance(value, dict) and _has_bytecode(str(value.get(":serialized:", "")))
+    ]
+    if names:
+        instead = ", ".join(f"{name!r}: {IN_PLACE.get(name, '...')}" for name in names)
+        raise ValueError(
+            f"The agent in {file} was saved by Python {version[1]}, and holds bytecode that Python {here} cannot run: "
+            f"{', '.join(f'`{name}`' for name in names)}. Load it with Python {version[1]}, or pass what is to take their place; "
+            f"`custom_objects={{{instead}}}` is enough to predict. Functions of a module that can be imported always load."
+        )
 
 
 def _is_changed(saved: Any, value: Any) -> bool:

@@ -22,7 +22,7 @@ from sb3_mbpo import __version__
 from sb3_mbpo.common.arguments import check_arguments, check_sizes
 from sb3_mbpo.common.buffers import check_finite, max_transitions, n_transitions
 from sb3_mbpo.common.callbacks import DynamicsCallback, progress_bars
-from sb3_mbpo.common.checkpoints import atomic_file, explained, saved_attributes
+from sb3_mbpo.common.checkpoints import atomic_file, check_python, explained, saved_attributes
 from sb3_mbpo.common.compilation import compile_all, planned_steps, planned_updates, report_compilation
 from sb3_mbpo.common.errors import DivergenceError
 from sb3_mbpo.common.model_env import ModelEnv
@@ -499,13 +499,14 @@ class ModelBasedSAC(SAC):
         :param force_reset: Force call to ``reset()`` before training
         :param kwargs: extra arguments to change the model when loading
         :return: new model instance with loaded parameters
-        :raises ValueError: if the file is truncated or altered, was saved by another algorithm, or does not fit this version
-            of the package or the arguments that were changed
+        :raises ValueError: if the file is truncated or altered, was saved by another algorithm, holds functions as another
+            version of Python has them, or does not fit this version of the package or the arguments that were changed
         """
         saved = saved_attributes(path)
         # Before there was more than one, nobody wrote it down
         if (algorithm := saved.get("algorithm", "MBPO")) != cls.name:
             raise ValueError(f"The agent in {path} was saved by {algorithm}, not by {cls.name}: `{algorithm}.load` loads it")
+        check_python(path, saved, custom_objects or {})
         with explained(str(path), saved, kwargs):
             agent = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         for name in ("termination_fn", "reward_fn"):
