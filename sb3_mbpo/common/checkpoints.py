@@ -160,10 +160,11 @@ def check_python(path: str | Path | BufferedIOBase, saved: dict[str, Any], repla
         if name not in replaced and isinstance(value, dict) and _has_bytecode(str(value.get(":serialized:", "")))
     ]
     if names:
+        which = ", ".join(f"`{name}`" for name in names)
         instead = ", ".join(f"{name!r}: {IN_PLACE.get(name, '...')}" for name in names)
         raise ValueError(
             f"The agent in {file} was saved by Python {version[1]}, and holds bytecode that Python {here} cannot run: "
-            f"{', '.join(f'`{name}`' for name in names)}. Load it with Python {version[1]}, or pass what is to take their place; "
+            f"{which}. Load it with Python {version[1]}, or pass what is to take their place; "
             f"`custom_objects={{{instead}}}` is enough to predict. Functions of a module that can be imported always load."
         )
 
