@@ -123,6 +123,28 @@ def test_action_spaces(space):
     assert isinstance(error.value, AssertionError)
 
 
+@pytest.mark.parametrize(
+    "low, high, dtype, which",
+    [
+        ([-1, 2], [1, 2], np.float32, "action[1] is between 2.0 and 2.0"),
+        ([-3e38, 0], [3e38, 1], np.float32, "action[0] is between -3"),
+        ([0, -1e300], [1, 1e300], np.float64, "action[1] is between -1e+300 and 1e+300"),
+        ([0, 1], [1, 1 + 1e-50], np.float64, "action[1] is between 1.0 and 1.0"),
+    ],
+)
+def test_actions_that_cannot_be_scaled(low, high, dtype, which):
+    space = spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    with pytest.raises(ValueError, match="cannot be scaled") as error:
+        MBPO("MlpPolicy", SpacesEnv(action_space=space))
+    assert which in str(error.value)
+
+
+def test_advice_for_actions_that_cannot_be_scaled():
+    env = SpacesEnv(action_space=spaces.Box(np.array([-1, 2], np.float32), np.array([1, 2], np.float32)))
+    free = wrappers.TransformAction(env, lambda action: np.append(action, 2), spaces.Box(-1, 1, (1,)))
+    MBPO("MlpPolicy", free, buffer_size=10)
+
+
 def test_advice_for_unbounded_actions():
     env = SpacesEnv(action_space=spaces.Box(-np.inf, 1, (2,)))
     with pytest.raises(ValueError, match="TransformAction"):

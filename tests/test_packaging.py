@@ -106,6 +106,45 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
+def test_environment_of_openai_gym(tmp_path: Path) -> None:
+    """SB3 wraps it if Gym and shimmy are installed; Gym is in no extra, as it warns of itself wherever it is."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        tmp_path,
+        "gym==0.26.2",
+        "gym-notices==0.0.8",
+    ]
+    run(*pip, "shimmy>=2", cwd=tmp_path)
+    code = """
+import gym, numpy as np
+from sb3_mbpo import MBPO
+
+class Old(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Box(-1, 1, (1,), np.float32)
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+agent = MBPO("MlpPolicy", Old(), buffer_size=100, learning_starts=10, model_gradient_steps=0.1, gradient_steps=1)
+print(agent.learn(20)._n_updates)
+"""
+    python_path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": python_path},
+        text=True,
+        capture_output=True,
+    )
+    assert result.stdout.split()[-1] == "10", result.stderr
+
+
 def test_wheel_contents(wheel: Path) -> None:
     names = names_in(wheel)
     version = (ROOT / "sb3_mbpo/version.txt").read_text().strip()

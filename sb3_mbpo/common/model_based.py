@@ -16,6 +16,7 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TensorDict, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mbpo import __version__
@@ -85,7 +86,11 @@ class ModelBasedSAC(SAC):
         if env is not None:
             env = maybe_make_env(env, verbose)
             if not isinstance(env, gym.Env | VecEnv):
-                raise ValueError(f"`env` must be a Gymnasium environment, its id, or a VecEnv, not {env!r}")
+                try:
+                    # As SB3 does: one of OpenAI's Gym, if that is installed
+                    env = _patch_env(env)
+                except ValueError:
+                    raise ValueError(f"`env` must be a Gymnasium environment, its id, or a VecEnv, not {env!r}") from None
             check_spaces(env.observation_space, env.action_space)
         super().__init__(policy, env, verbose=verbose, _init_setup_model=False, **kwargs)
         self.ensemble_size = ensemble_size

@@ -61,6 +61,17 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             f"`env` has the action space {action_space}. Continuous action space must have a finite lower and upper bound: "
             "give it one with `gymnasium.wrappers.TransformAction(env, lambda action: action, spaces.Box(low, high))`."
         )
+    # As SB3 scales them, and in float32, in which policies compute
+    with np.errstate(over="ignore"):
+        widths = (action_space.high - action_space.low).astype(np.float32)
+    for index in np.argwhere(~((widths > 0) & np.isfinite(widths))):
+        low, high = action_space.low[tuple(index)], action_space.high[tuple(index)]
+        raise UnsupportedSpaceError(
+            f"`env` has the action space {action_space}, which cannot be scaled to [-1, 1]: action{index.tolist()} is between "
+            f"{low} and {high}. Lower bounds must be below upper ones, and their difference a number of float32. Leave the "
+            "dimension out, or give it other bounds, with `gymnasium.wrappers.TransformAction(env, function, spaces.Box(low, "
+            "high))`, whose function makes the environment's action of the agent's."
+        )
 
 
 def check_goals(observation_space: spaces.Space[Any]) -> None:
