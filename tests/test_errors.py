@@ -91,6 +91,10 @@ def as_floats(env):
         (spaces.Box(0, 255, (4, 4, 3), np.uint8), as_floats),
         (spaces.Box(-5, 5, (2,), np.int64), as_floats),
         (spaces.Box(-1, 1, ()), lambda env: wrappers.ReshapeObservation(env, (1,))),
+        # As walker of DeepMind Control has it
+        (spaces.Dict(height=spaces.Box(-1, 1, ()), velocity=spaces.Box(-1, 1, (3,))), wrappers.FlattenObservation),
+        (spaces.Dict(where=spaces.Discrete(4), velocity=spaces.Box(-1, 1, (3,))), wrappers.FlattenObservation),
+        (spaces.Dict(arm=spaces.Dict(angle=spaces.Box(-1, 1, (3,)))), wrappers.FlattenObservation),
     ],
     ids=lambda value: str(value) if isinstance(value, spaces.Space) else "",
 )
@@ -112,6 +116,7 @@ def test_observation_spaces(space, advised):
         spaces.MultiBinary(3),
         spaces.Box(-5, 5, (2,), np.int64),
         spaces.Box(-np.inf, 1, (2,)),
+        spaces.Box(-1, 1, (0,)),
     ],
     ids=str,
 )
@@ -121,6 +126,14 @@ def test_action_spaces(space):
     assert str(space) in str(error.value)
     # As SB3's SAC has it
     assert isinstance(error.value, AssertionError)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Box(-1, 1, (0,)), spaces.Box(-1, 1, (3, 0)), spaces.Dict(a=spaces.Box(-1, 1, (0,)))], ids=str
+)
+def test_observations_without_numbers(space):
+    with pytest.raises(ValueError, match="There are no numbers in it"):
+        MBPO("MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy", SpacesEnv(observation_space=space))
 
 
 @pytest.mark.parametrize(

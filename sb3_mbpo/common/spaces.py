@@ -33,8 +33,9 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             # Bits are kept as they are in SB3's own goal-conditioned tasks
             if not (_is_float_box(part) and part.shape != ()) and not isinstance(part, spaces.MultiBinary):
                 raise UnsupportedSpaceError(
-                    f"{has} Its part {name!r} is {part}. {allowed}, or of MultiBinary: leave that part out with "
-                    "`gymnasium.wrappers.FilterObservation` or convert it with `gymnasium.wrappers.TransformObservation`. "
+                    f"{has} Its part {name!r} is {part}. {allowed}, or of MultiBinary: make one Box of all parts with "
+                    "`gymnasium.wrappers.FlattenObservation(env)` (and MlpPolicy), leave that part out with "
+                    "`gymnasium.wrappers.FilterObservation`, or convert it with `gymnasium.wrappers.TransformObservation`. "
                     "The model is not made for images."
                 )
     elif not isinstance(observation_space, spaces.Box):
@@ -51,6 +52,8 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
         raise UnsupportedSpaceError(
             f"{has} {allowed}: wrap the environment with `gymnasium.wrappers.ReshapeObservation(env, (1,))`."
         )
+    if flat_dim(observation_space) == 0:
+        raise UnsupportedSpaceError(f"{has} There are no numbers in it, so there is nothing to learn from.")
     if not isinstance(action_space, spaces.Box) or not _is_float_box(action_space):
         raise UnsupportedSpaceError(
             f"`env` has the action space {action_space}. The algorithm only supports Box actions of floats; "
@@ -61,6 +64,8 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             f"`env` has the action space {action_space}. Continuous action space must have a finite lower and upper bound: "
             "give it one with `gymnasium.wrappers.TransformAction(env, lambda action: action, spaces.Box(low, high))`."
         )
+    if flat_dim(action_space) == 0:
+        raise UnsupportedSpaceError(f"`env` has the action space {action_space}. There are no numbers in it to choose.")
     # As SB3 scales them, and in float32, in which policies compute
     with np.errstate(over="ignore"):
         widths = (action_space.high - action_space.low).astype(np.float32)
