@@ -218,6 +218,16 @@ def test_parameters_of_sac():
     assert mbpo.actor.optimizer.state_dict()["state"][0]["step"] == 20
 
 
+def test_parameters_for_sac():
+    """The way back, as docs/checkpoints.md has it."""
+    mbpo, sac = make(MBPO).learn(80), make(SAC, seed=9, learning_starts=0)
+    sac.set_parameters({name: value for name, value in mbpo.get_parameters().items() if name in sac.get_parameters()})
+    assert_same(mbpo, sac)
+    assert sac.actor.optimizer.state_dict()["state"][0]["step"] == mbpo.actor.optimizer.state_dict()["state"][0]["step"] > 0
+    sac.replay_buffer = mbpo.replay_buffer
+    assert sac.learn(20)._n_updates > 0
+
+
 @pytest.mark.parametrize("wrong", [dict(no_such_name={}), dict(policy={"no_such_weight": th.zeros(1)})], ids=str)
 def test_wrong_parameters(agent, wrong):
     with pytest.raises((ValueError, RuntimeError), match="no_such"):
