@@ -26,7 +26,7 @@ DOCS = [
     "myst-parser>=4",
 ]
 
-DIAGNOSTICS = ["gymnasium[mujoco]", "jinja2", "matplotlib", "tensorboard"]
+DIAGNOSTICS = ["gymnasium[mujoco]", "jinja2", "matplotlib", "tensorboard", "rich"]
 
 
 BENCHMARKS = [*ZOO, "filelock", "joblib", "matplotlib", "rliable>=1.2"]

@@ -88,7 +88,7 @@ def test_report(trained, tmp_path, capsys):
     trained.save(tmp_path / "agent")
     trained.save_replay_buffer(tmp_path / "buffer")
     options = ["--env", "Pendulum-v1", "--replay-buffer", str(tmp_path / "buffer.pkl"), "--steps", "250", "--horizon", "5"]
-    main(["report", str(tmp_path / "agent.zip"), *options, "--data-sizes", "100", "--out", str(tmp_path)])
+    main(["report", str(tmp_path / "agent.zip"), *options, "--data-sizes", "100", "--policy-shift", "--out", str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
     assert "5 states from real ones on, 3 steps with gradients" in page
     for question in (

@@ -1,6 +1,7 @@
 """Diagnostics of a trained agent, on systems whose answers are known."""
 
 import importlib
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -21,7 +22,9 @@ from sb3_mbpo.diagnostics import (
     terminations,
     value_check,
 )
+from sb3_mbpo.diagnostics.figures import plot_dimensions
 from sb3_mbpo.diagnostics.live import gaussian_of
+from sb3_mbpo.diagnostics.open_loop import varying_columns
 from sb3_mbpo.dynamics.rollouts import Transitions, concatenate
 from tests.agents import make_agent
 from tests.envs import CountingEnv, GoalEnv, PointEnv, UnpredictableEnv
@@ -232,6 +235,17 @@ def test_terminations_where_nothing_ended_or_nothing_is_predicted(point):
     agent = with_known_model(point, [[0.0, 0.0], [0.0, 0.5]], drift=[0.0, float("nan")])
     measured = terminations(ModelEnv(agent, agent.get_env()), [transitions_of([9.0, 9.0], [1.0, 1.0], [False, False])])
     assert measured.model.tolist() == [0, 0] and np.isnan(measured.foreseen()) and measured.invented() == 0
+
+
+def test_constant_dimensions_are_not_shown():
+    obs = th.tensor([[0.0, 1, 2, 3, 4, 5, 6], [1.0, 1, 2, 0, 0, 0, 0]])
+    assert varying_columns(obs) == [0, 3, 4, 5]
+    assert varying_columns(obs[:1]) == []
+    r2 = th.tensor([[0.9, 0.8, float("nan"), 0.7], [0.5, 0.4, float("nan"), 0.3]])
+    figure = plot_dimensions(SimpleNamespace(steps=[1, 2], r2=lambda: r2))
+    (ax,) = figure.axes
+    # Steps 1 and 2 of the reward and of dimensions 0 and 2
+    assert len(ax.patches) == 6 and [label.get_text() for label in ax.get_xticklabels()] == ["r", "0", "2"]
 
 
 # --- Policy shift ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.diagnostics import __main__ as commands
 from sb3_mbpo.diagnostics import collect
 from sb3_mbpo.diagnostics.__main__ import Measured, main, parser
 from tests.agents import make_agent
@@ -182,7 +183,9 @@ def test_report_in_a_browser(trained, tmp_path, with_buffer):
     """Complete in itself, and legible on a telephone."""
     from playwright.sync_api import sync_playwright
 
-    more = ["--replay-buffer", str(trained / "buffer.pkl"), "--data-sizes", "100", "300"] if with_buffer else []
+    more = (
+        ["--replay-buffer", str(trained / "buffer.pkl"), "--data-sizes", "100", "300", "--policy-shift"] if with_buffer else []
+    )
     main(["report", str(trained / "agent.zip"), *COMMON, "--out", str(tmp_path), *more])
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     with sync_playwright() as playwright:
@@ -204,8 +207,22 @@ def test_report_in_a_browser(trained, tmp_path, with_buffer):
             text = page.inner_text("body")
             assert "Does it see where episodes end?" in text
             assert "median R²" in text and "nan" not in text.lower().replace("nanos", "")
-            assert ("k* =" in text) == with_buffer and ("It needs --replay-buffer" in text) != with_buffer
+            assert ("k* =" in text) == with_buffer and ("It takes minutes" in text) != with_buffer
         chromium.close()
+
+
+def test_report_is_written_as_it_goes(trained, tmp_path, monkeypatch, capsys):
+    def stopped(measured):
+        raise KeyboardInterrupt
+
+    parts = [(name, question, stopped if name == "Values" else part) for name, question, part in commands.PARTS]
+    monkeypatch.setattr(commands, "PARTS", parts)
+    with pytest.raises(KeyboardInterrupt):
+        main(["report", str(trained / "agent.zip"), *COMMON, "--out", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    assert "Does the policy exploit the model?" in page and "Does it see where episodes end?" in page
+    assert "</html>" in page and "Are Q-values right?" not in page
+    assert [line[:3] for line in capsys.readouterr().out.splitlines() if line[1:3] == "/5"] == ["1/5", "2/5", "3/5", "4/5"]
 
 
 def test_report_of_a_reward_that_does_not_vary(tmp_path, capsys):

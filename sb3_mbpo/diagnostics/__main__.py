@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from sb3_mbpo.common.command_line import at_least
 from sb3_mbpo.common.model_env import ModelEnv
 from sb3_mbpo.diagnostics import figures, report
 from sb3_mbpo.diagnostics.exploitation import Returns, returns
-from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
+from sb3_mbpo.diagnostics.open_loop import error_by_step, replay, varying_columns
 from sb3_mbpo.diagnostics.policy_shift import PolicyShift, continued, policy_shift
 from sb3_mbpo.diagnostics.terminations import terminations
 from sb3_mbpo.diagnostics.trajectories import collect
@@ -60,12 +60,14 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--replay-buffer", help="the agent's, as written by save_replay_buffer")
         command.add_argument("--vec-normalize", help="statistics of VecNormalize, if the agent was trained with it")
         command.add_argument("--later", nargs="+", default=[], help="zips of later agents, for policy-shift")
+        if name == "report":
+            command.add_argument("--policy-shift", action="store_true", help="measure that, too: some minutes more")
         command.add_argument("--data-sizes", nargs="+", type=at_least(2), default=[500, 1_000, 2_000], help="for policy-shift")
         command.add_argument("--steps", type=at_least(1), default=2_000, help="environment steps to collect")
         command.add_argument("--horizon", type=at_least(1), default=25, help="steps of a rollout")
         command.add_argument("--return-horizon", type=at_least(1), default=200, help="steps of a return")
         command.add_argument(
-            "--columns", nargs="+", type=at_least(0), default=[0, 1, 2, 3], help="dimensions of the observation to show"
+            "--columns", nargs="+", type=at_least(0), help="dimensions of the observation to show; the first four that vary"
         )
         command.add_argument("--seed", type=at_least(0), default=0)
         command.add_argument("--out", default=".", help="folder for what is written")
@@ -117,8 +119,8 @@ class Measured:
         print(f"Collecting {arguments.steps:,} steps of {arguments.env} with the agent's stochastic policy")
         self.trajectories = collect(self.agent, self.env, arguments.steps)
         self.longest = max(self.trajectories, key=lambda trajectory: len(trajectory.rewards))
-        n_dims = self.longest.obs.shape[1]
-        self.columns = [0, *(1 + column for column in arguments.columns if column < n_dims)]
+        varying = varying_columns(self.longest.obs) if arguments.columns is None else arguments.columns
+        self.columns = [0, *(1 + column for column in varying if column < self.longest.obs.shape[1])]
 
     def _make_env(self, n_envs: int = 1) -> VecEnv:
         arguments = self.arguments
@@ -222,46 +224,68 @@ def _policy_shift(measured: Measured, out: Path) -> None:
     _save(figures.plot_policy_shift(shift), out / "policy_shift.png")
 
 
-def _report(measured: Measured, out: Path) -> None:
-    agent, arguments = measured.agent, measured.arguments
-    findings, sections = [], []
-    print("Model error")
-    found, section = report.of_error(agent, error_by_step(measured.model_env, measured.trajectories, arguments.horizon))
-    findings += found
-    sections += [section, report.of_replay(replay(measured.model_env, measured.longest), measured.columns)]
-    print("Returns under the model")
-    left_out = []
-    try:
-        found, section = report.of_returns(measured.returns(), arguments.return_horizon)
-        findings += found
-        sections.append(section)
-    except ValueError as error:
-        left_out.append(report.Finding("Does the policy exploit the model?", "not measured", str(error)))
+Part = tuple[list["report.Finding"], list["report.Section"]]
+
+
+def _error_part(measured: Measured) -> Part:
+    found, section = report.of_error(
+        measured.agent, error_by_step(measured.model_env, measured.trajectories, measured.arguments.horizon)
+    )
+    return found, [section, report.of_replay(replay(measured.model_env, measured.longest), measured.columns)]
+
+
+def _returns_part(measured: Measured) -> Part:
+    found, section = report.of_returns(measured.returns(), measured.arguments.return_horizon)
+    return found, [section]
+
+
+def _terminations_part(measured: Measured) -> Part:
     found, section = report.of_terminations(terminations(measured.model_env, measured.trajectories))
-    findings += found
-    sections.append(section)
-    print("Values")
-    try:
-        if agent.model_buffer.size() == 0 and agent.uses_generated_data:
-            # A zip does not hold it
-            agent.fill_model_buffer(measured.model_env, measured.start_states())
-        found, section = report.of_values(value_check(agent, measured.trajectories))
-        findings += found
-        sections.append(section)
-    except ValueError as error:
-        left_out.append(report.Finding("Are Q-values right?", "not measured", str(error)))
-    if arguments.replay_buffer is not None or arguments.later:
-        print("Policy shift")
-        try:
-            found, section = report.of_shift(measured.policy_shift(), agent.gamma)
-            findings += found
-            sections.append(section)
-        except ValueError as error:
-            left_out.append(report.Finding("What would the paper's bound say?", "not measured", str(error)))
-    else:
-        left_out.append(report.Finding("What would the paper's bound say?", "not measured", "It needs --replay-buffer."))
+    return found, [section]
+
+
+def _values_part(measured: Measured) -> Part:
+    agent = measured.agent
+    if agent.model_buffer.size() == 0 and agent.uses_generated_data:
+        # A zip does not hold it
+        agent.fill_model_buffer(measured.model_env, measured.start_states())
+    found, section = report.of_values(value_check(agent, measured.trajectories))
+    return found, [section]
+
+
+def _shift_part(measured: Measured) -> Part:
+    arguments = measured.arguments
+    if not arguments.policy_shift and not arguments.later:
+        raise ValueError("It takes minutes, as models and policies are trained: --policy-shift, with --replay-buffer.")
+    found, section = report.of_shift(measured.policy_shift(), measured.agent.gamma)
+    return found, [section]
+
+
+# Name, what it asks, and the part itself
+PARTS: list[tuple[str, str, Callable[[Measured], Part]]] = [
+    ("Model error", "Does the model know what happens next?", _error_part),
+    ("Returns under the model", "Does the policy exploit the model?", _returns_part),
+    ("Where episodes end", "Does it see where episodes end?", _terminations_part),
+    ("Values", "Are Q-values right?", _values_part),
+    ("Policy shift", "What would the paper's bound say?", _shift_part),
+]
+
+
+def _report(measured: Measured, out: Path) -> None:
     path = out / "report.html"
-    report.write_report(path, agent, arguments.env, [*findings, *left_out], sections)
+    findings: list[report.Finding] = []
+    sections: list[report.Section] = []
+    for number, (name, question, part) in enumerate(PARTS, start=1):
+        print(f"{number}/{len(PARTS)} {name}", flush=True)
+        try:
+            found, added = part(measured)
+        except ValueError as error:
+            # Of episodes that are too short, for instance
+            found, added = [report.Finding(question, "not measured", str(error))], []
+        findings += found
+        sections += added
+        # As it goes: whoever stops it has what there is so far
+        report.write_report(path, measured.agent, measured.arguments.env, findings, sections)
     print(f"Written: {path}")
 
 

@@ -13,7 +13,7 @@ from sb3_mbpo.common.spaces import flat_dim
 from sb3_mbpo.common.undisturbed import undisturbed
 from sb3_mbpo.diagnostics.exploitation import returns
 from sb3_mbpo.diagnostics.figures import name_of, plot_dimensions, plot_error, plot_replay, plot_returns, plot_values
-from sb3_mbpo.diagnostics.open_loop import error_by_step, replay
+from sb3_mbpo.diagnostics.open_loop import error_by_step, replay, varying_columns
 from sb3_mbpo.diagnostics.values import value_check
 from sb3_mbpo.dynamics.rollouts import Transitions
 
@@ -40,7 +40,7 @@ class DiagnosticsCallback(BaseCallback):
     :param freq: Environment steps from one time to the next; rounded up to trainings of the model
     :param horizon: Steps of a rollout
     :param return_horizon: Steps of the returns under the model and in the environment
-    :param columns: Dimensions of the (flat) observation to replay in a figure, the first four if None
+    :param columns: Dimensions of the (flat) observation to replay in a figure, the first four that vary if None
     :param verbose: Verbosity level: 0 for no output, 1 for info messages
     :raises ValueError: if an argument is not in its range
     """
@@ -113,8 +113,8 @@ class DiagnosticsCallback(BaseCallback):
             # There is none of what does not vary
             if not math.isnan(r2):
                 self.logger.record(f"diagnostics/r2_{name_of(column)}", r2)
-        columns = list(range(error.rmse.shape[1] - 1))[:4] if self.columns is None else self.columns
         longest = max(trajectories, key=lambda trajectory: len(trajectory.rewards))
+        columns = varying_columns(longest.obs) if self.columns is None else self.columns
         self._show("error", plot_error(error))
         self._show("dimensions", plot_dimensions(error))
         self._show("replay", plot_replay(replay(self.model_env, longest), [0, *(1 + column for column in columns)]))

@@ -65,10 +65,11 @@ def plot_dimensions(error: OpenLoopError) -> Figure:
     rows = sorted({0, len(error.steps) // 2, len(error.steps) - 1})
     r2 = error.r2().cpu().numpy()
     figure, (ax,) = _axes(1)
-    x, width = np.arange(r2.shape[1]), 0.8 / len(rows)
+    # What does not vary has none
+    columns = np.flatnonzero(np.isfinite(r2[rows]).any(axis=0))
+    x, width = np.arange(len(columns)), 0.8 / len(rows)
     for i, row in enumerate(rows):
-        # No bar for what does not vary
-        values = r2[row].clip(-1, 1)
+        values = r2[row, columns].clip(-1, 1)
         ax.bar(
             x + (i - (len(rows) - 1) / 2) * width,
             values,
@@ -77,7 +78,8 @@ def plot_dimensions(error: OpenLoopError) -> Figure:
             label=f"step {error.steps[row]}",
         )
     ax.axhline(0, color="gray", linewidth=0.8)
-    ax.set_xticks(x[:: max(len(x) // 12, 1)], ["r" if i == 0 else str(i - 1) for i in x[:: max(len(x) // 12, 1)]])
+    shown = slice(None, None, max(len(x) // 12, 1))
+    ax.set_xticks(x[shown], ["r" if column == 0 else str(column - 1) for column in columns[shown]])
     ax.set(xlabel="reward (r) and dimensions of the observation", ylabel="R² (cut off at -1)", title="What the model explains")
     # Room for the legend above the bars
     ax.set_ylim(top=1.25)

@@ -46,6 +46,15 @@ def replay(model_env: "ModelEnv", trajectory: Transitions, horizon: int = 450, n
     return Replay(real, mean, std)
 
 
+def varying_columns(obs: th.Tensor, most: int = 4) -> list[int]:
+    """
+    :param obs: Observations, ``(n, obs_dim)``
+    :param most: How many to return
+    :return: The first dimensions that are not constant
+    """
+    return (obs != obs[0]).any(dim=0).nonzero().flatten().tolist()[:most]
+
+
 def error_by_step(
     model_env: "ModelEnv",
     trajectories: Sequence[Transitions],

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
+from rich.progress import track
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -79,7 +80,7 @@ def policy_shift(
         raise ValueError("`policies` are all the same as the agent's: there is no shift to measure errors by")
     inputs, targets = _as_regression(data)
     models = []
-    for size in data_sizes:
+    for size in track(data_sizes, "Training models"):
         model = Ensemble(
             flat_dim(agent.observation_space),
             flat_dim(agent.action_space),
@@ -94,7 +95,7 @@ def policy_shift(
 
     scale = spread(targets[:, 1:], data.obs)
     kl, shift, error, model_error = [], [], [], []
-    for policy in [agent, *policies]:
+    for policy in track([agent, *policies], "Acting with each policy"):
         new = concatenate(collect(policy, env, n_steps))
         distance = _divergence(policy, agent, new.obs)
         kl.append(distance.mean().item())
@@ -138,7 +139,7 @@ def continued(model_env: "ModelEnv", n_policies: int = 5, updates: int = 200) ->
     if agent.model_buffer.size() == 0:
         agent.fill_model_buffer(model_env, real_transitions(agent.replay_buffer, agent.device).obs)
     policies, latest = [], agent
-    for _ in range(n_policies):
+    for _ in track(range(n_policies), "Training the policy further"):
         latest = _copy(latest)
         latest.train(updates, latest.batch_size)
         policies.append(latest)

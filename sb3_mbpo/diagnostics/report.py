@@ -51,6 +51,14 @@ class Section(NamedTuple):
     figures: list[Picture]
 
 
+def percent(share: float) -> str:
+    """
+    :param share: Any
+    :return: With its sign, unless it rounds to 0
+    """
+    return f"{share:+.0%}" if round(100 * share) else "0%"
+
+
 def as_picture(figure: "Figure", alt: str) -> Picture:
     """
     :param figure: Any
@@ -171,7 +179,7 @@ def of_returns(measured: Returns, horizon: int) -> tuple[list[Finding], Section]
         verdict = "The model promises less than the environment gives."
     else:
         verdict = "The model promises about what the environment gives."
-    finding = Finding("Does the policy exploit the model?", f"{gap / size:+.0%}", verdict)
+    finding = Finding("Does the policy exploit the model?", percent(gap / size), verdict)
     correlation = measured.correlation()
     known = "does not exist, as returns do not vary" if np.isnan(correlation) else f"is {correlation:.2f}"
     section = Section(
@@ -233,12 +241,12 @@ def of_values(check: ValueCheck) -> tuple[list[Finding], Section]:
     section = Section(
         "Values",
         [f"Q-values are {check.q_real.mean():.4g} on average, the returns that came {check.returns.mean():.4g}.{q_model}"],
-        "Q of the lowest critic for the actions that were taken, beside the soft discounted return of the rest of the "
-        "episode; of episodes that were cut off, the critics' own value stands for what was not seen, and weighs no more than "
-        "half. Units are those that the critics learn.",
+        "Q of the lowest critic (DHMBPO: the critics' mean) for the actions that were taken, beside the soft discounted "
+        "return of the rest of the episode; of episodes that were cut off, the critics' own value stands for what was not "
+        "seen, and weighs no more than half. Units are those that the critics learn.",
         [as_picture(figures.plot_values(check), "Q-values beside returns, and their distributions")],
     )
-    findings = [Finding("Are Q-values right?", f"{bias:+.0%} of the returns", verdict)]
+    findings = [Finding("Are Q-values right?", f"{percent(bias)} of the returns", verdict)]
     if len(check.promised):
         promise = check.relative_promise()
         verdict = "What the actor maximises is about what comes."
@@ -246,7 +254,9 @@ def of_values(check: ValueCheck) -> tuple[list[Finding], Section]:
             verdict = "The actor is promised more than comes: by the model's rewards, or by the critics at their end."
         elif promise < -0.2:
             verdict = "The actor is promised less than comes, which is safe, but slow."
-        findings.append(Finding("Does the actor get what its rollouts promise?", f"{promise:+.0%} of the returns", verdict))
+        findings.append(
+            Finding("Does the actor get what its rollouts promise?", f"{percent(promise)} of the returns", verdict)
+        )
         section.paragraphs.append(
             f"From the same states the actor's training rollouts promise {check.promised.mean():.4g} on average, entropy "
             f"included; {check.gained.mean():.4g} came."
