@@ -99,6 +99,7 @@ def test_stdout_and_tensorboard(tmp_path, capsys):
     # 0.01 x 61 x (1 + 1,000 / 61)
     assert printed.count("First training of the model, on 61 transitions: 11 gradient steps or fewer") == 1
     assert "reward_r2" in printed and "Termination of model rollouts: learned from the replay buffer" in printed
+    assert "pass `termination_fn(obs, action, next_obs)`" in printed and "`model/termination_mismatch`" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["MBPO_1"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -90,7 +90,11 @@ class DynamicsCallback(BaseCallback):
             elif termination_fn is not None:
                 source = "derived from the environment"
             else:
-                source = "learned from the replay buffer, as it is not known for this environment or its wrappers"
+                source = (
+                    "learned from the replay buffer, as it is not known for this environment or its wrappers. If you know it, "
+                    "pass `termination_fn(obs, action, next_obs)`, which returns an array of bools. How often the learned one "
+                    "is wrong is in the log: `model/termination_mismatch`"
+                )
             print(f"Termination of model rollouts: {source}")
 
     def _on_training_start(self) -> None:
