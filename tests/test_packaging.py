@@ -106,8 +106,10 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
+# It downloads Gym, which is in no extra: it warns of itself wherever it is installed
+@pytest.mark.slow
 def test_environment_of_openai_gym(tmp_path: Path) -> None:
-    """SB3 wraps it if Gym and shimmy are installed; Gym is in no extra, as it warns of itself wherever it is."""
+    """SB3 wraps it if Gym and shimmy are installed."""
     pip = [
         sys.executable,
         "-m",
