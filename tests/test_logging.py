@@ -7,6 +7,9 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 
+from sb3_mbpo.common.buffers import real_transitions
+from sb3_mbpo.common.model_env import ModelEnv
+from sb3_mbpo.diagnostics.live import LiveDiagnostics
 from tests.agents import make_agent
 from tests.envs import CountingEnv
 
@@ -99,7 +102,7 @@ def test_stdout_and_tensorboard(tmp_path, capsys):
     # 0.01 x 61 x (1 + 1,000 / 61)
     assert printed.count("First training of the model, on 61 transitions: 11 gradient steps or fewer") == 1
     assert "reward_r2" in printed and "Termination of model rollouts: learned from the replay buffer" in printed
-    assert "pass `termination_fn(obs, action, next_obs)`" in printed and "`model/termination_mismatch`" in printed
+    assert "pass `termination_fn(obs, action, next_obs)`" in printed and "`model/termination_seen`" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["MBPO_1"]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -138,3 +141,15 @@ def test_every_model_training_is_reported(capsys):
     ]
     for line in lines:
         assert " gradient steps, " in line and " s, R2 of the changes " in line and "worst: obs[" in line
+
+
+@pytest.mark.parametrize("length, seen, invented", [(10, 1, 0), (7, 0, 0), (15, 1, 5 / 14)])
+def test_learned_termination_is_measured_on_new_transitions(length, seen, invented):
+    agent = make_agent(CountingEnv(episode_length=10)).learn(200)
+    # From now on it ends elsewhere
+    agent.env.envs[0].unwrapped.episode_length, agent.model_train_freq = length, 10_000
+    agent.learn(300, reset_num_timesteps=False)
+    LiveDiagnostics(agent, ModelEnv(agent, agent.env)).before_training(real_transitions(agent.replay_buffer), 1)
+    logged = agent.logger.name_to_value
+    assert logged["model/termination_seen"] == pytest.approx(seen, abs=0.1)
+    assert logged["model/termination_invented"] == pytest.approx(invented, abs=0.05)

@@ -92,8 +92,8 @@ class DynamicsCallback(BaseCallback):
             else:
                 source = (
                     "learned from the replay buffer, as it is not known for this environment or its wrappers. If you know it, "
-                    "pass `termination_fn(obs, action, next_obs)`, which returns an array of bools. How often the learned one "
-                    "is wrong is in the log: `model/termination_mismatch`"
+                    "pass `termination_fn(obs, action, next_obs)`, which returns an array of bools. How right the learned one "
+                    "is on new data is in the log: `model/termination_seen`, `model/termination_invented`"
                 )
             print(f"Termination of model rollouts: {source}")
 

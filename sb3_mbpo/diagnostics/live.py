@@ -95,7 +95,17 @@ class LiveDiagnostics:
         )
         log_open_loop_error(agent.logger, error)
         self._log_theory(concatenate(recent))
+        if self.model_env.termination_fn is None:
+            self._log_learned_termination(concatenate(recent))
         return error
+
+    def _log_learned_termination(self, recent: Transitions) -> None:
+        obs, actions, next_obs, _, terminated = recent
+        ends = self.model_env.termination(obs, actions, next_obs)
+        if terminated.any():
+            self.agent.logger.record("model/termination_seen", ends[terminated].float().mean().item())
+        if not terminated.all():
+            self.agent.logger.record("model/termination_invented", ends[~terminated].float().mean().item())
 
     def _log_theory(self, recent: Transitions) -> None:
         agent = self.agent
