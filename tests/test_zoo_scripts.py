@@ -407,6 +407,27 @@ def test_python_config(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert hyperparams == {"policy": "MlpPolicy", "n_timesteps": 7}
 
 
+@pytest.mark.parametrize("given", ["-params", "-conf"])
+def test_functions_in_settings(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a module that can be imported, as docs/zoo.md says: `enjoy` reads them by name."""
+    (tmp_path / "functions_of_mine.py").write_text("def never(obs, action, next_obs):\n    return next_obs[:, 0] > 1e9\n")
+    (tmp_path / "settings.py").write_text(
+        "from functions_of_mine import never\n"
+        f"hyperparams = { {ENV_ID: TINY} }\n"
+        f"hyperparams[{ENV_ID!r}]['termination_fn'] = never\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_config(tmp_path)
+    by_name = ["-conf", "tiny.yml", "-params", "termination_fn:__import__('functions_of_mine').never"]
+    zoo("train", *OF_TRAIN, *(by_name if given == "-params" else ["-conf", "settings.py"]))
+    zoo("enjoy", *OPTIONS, "-n", "10", "--no-render")
+    assert MBPO.load(f"{RUN}_1/{ENV_ID}.zip").termination_fn.__name__ == "never"
+    assert "Termination of model rollouts: given by the user" in capsys.readouterr().out
+
+
 # Few steps after the warm-up: of the many updates and large networks that may be sampled
 SEARCH = ["train", *OF_TRAIN, "-n", "64", "--optimize", "--n-evaluations", "2", "-conf", "tiny.yml"]
 
