@@ -68,7 +68,7 @@ LIMITS = dict(
     model_gradient_steps=0.3,
     rollout_batch_size=200,
     rollout_schedule=(60, 90, 1, 3),
-    train_freq=30,
+    train_freq=50,
     training_horizon=2,
     distribution_horizon=3,
 )
@@ -371,7 +371,13 @@ def test_tests_that_are_named_exist() -> None:
 def test_keys_of_the_log() -> None:
     """All that are named are logged, and all of MBPO's own are explained."""
     keys = r"`((?:model|train|time|open_loop|theory)/\w+)`"
-    rare = {"model/reward_mismatch", "model/diverged", "train/diverged"}
+    rare = {
+        "model/reward_mismatch",
+        "model/diverged",
+        "train/diverged",
+        "model/termination_seen",
+        "model/termination_invented",
+    }
     of_sac = {"train/actor_loss", "train/critic_loss", "train/ent_coef", "rollout/ep_rew_mean"}
     named = {
         key for page in PAGES for key in re.findall(r"`((?:model|train|time|rollout|open_loop|theory)/\w+)`", text_of(page))
