@@ -21,6 +21,15 @@ def is_whole_number(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def are_sizes(value: object) -> bool:
+    """
+    :param value: Anything
+    :return: Whether it is a list or tuple of whole numbers, 1 or more, and not empty: units of hidden layers
+    """
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    return is_list and all(is_whole_number(size) and size > 0 for size in value)  # type: ignore[attr-defined]
+
+
 def check_whole(agent: object, *names: str) -> None:
     """
     :param agent: With the arguments as its attributes
@@ -69,7 +78,7 @@ def check_arguments(agent: "ModelBasedSAC") -> None:
             f"`num_elites` must not be larger than `ensemble_size` ({agent.ensemble_size}), but is {agent.num_elites}"
         )
     sizes = agent.model_hidden_sizes
-    if not isinstance(sizes, list | tuple) or not sizes or not all(is_whole_number(size) and size > 0 for size in sizes):
+    if not are_sizes(sizes):
         raise ValueError(f"`model_hidden_sizes` must be a list or tuple of whole numbers, 1 or more, not {sizes!r}")
     check_number(agent, "model_learning_rate", lambda value: 0 < value < np.inf, "a finite number above 0")
     if agent.model_gradient_steps is not None:

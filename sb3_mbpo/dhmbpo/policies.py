@@ -15,7 +15,7 @@ from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_mbpo.common.arguments import is_whole_number
+from sb3_mbpo.common.arguments import are_sizes, is_whole_number
 
 NO_SDE = "`use_sde` must be False: gradients of DHMBPO pass through noise that is drawn anew at each step"
 # Added to the standard deviation of the actor
@@ -241,7 +241,7 @@ def check_policy_kwargs(
     :raises ValueError: if one of them is not in its range
     """
     for sizes in net_arch.values() if isinstance(net_arch, dict) else [] if net_arch is None else [net_arch]:
-        if not isinstance(sizes, list | tuple) or not sizes or not all(is_whole_number(size) and size > 0 for size in sizes):
+        if not are_sizes(sizes):
             raise ValueError(
                 "`net_arch` must be a list of whole numbers, at least one hidden layer for actor and critics, or "
                 f"{{'pi': ..., 'qf': ...}} with such lists, not {net_arch!r}"
