@@ -107,7 +107,7 @@ def compile_all(agent: "ModelBasedSAC", n_updates: float) -> dict[str, str | Non
         reason = f"{n_updates:,.0f} updates would not repay compiling, {agent.min_updates_to_compile:,} would"
     if reason is None and agent.verbose >= 1:
         # Nothing else is printed meanwhile
-        print("Compiling: one to two minutes, some seconds if this was done here before. `compile=False` leaves it out.")
+        print("Compiling: up to two minutes, some seconds if this was done here before. `compile=False` leaves it out.")
     reasons = {"updates": reason or agent.why_not_compiled() or why_not(agent.try_updates)}
     if agent.uses_model:
         reasons["model"] = reason or why_not(lambda: try_step(agent.dynamics, compiled(train_step, agent.device.type)))

@@ -94,9 +94,10 @@ class LiveDiagnostics:
             N_PARTICLES,
         )
         log_open_loop_error(agent.logger, error)
-        self._log_theory(concatenate(recent))
+        new = concatenate(recent)
+        self._log_theory(new)
         if self.model_env.termination_fn is None:
-            self._log_learned_termination(concatenate(recent))
+            self._log_learned_termination(new)
         return error
 
     def _log_learned_termination(self, recent: Transitions) -> None:
