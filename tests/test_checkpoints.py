@@ -377,7 +377,10 @@ def test_without_a_version(saved):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(ensemble_size=5), dict(model_hidden_sizes=[8, 8]), dict(model_hidden_sizes=[16])], ids=str
+    "changes",
+    # The second is out of range, too, with the number of elites that is saved
+    [dict(ensemble_size=5), dict(ensemble_size=1), dict(model_hidden_sizes=[8, 8]), dict(model_hidden_sizes=[16])],
+    ids=str,
 )
 def test_sizes_cannot_be_changed_at_loading(saved, changes):
     with pytest.raises(ValueError, match=rf"agent\.zip.*{next(iter(changes))} changed \(sizes of networks must be as saved\)"):
