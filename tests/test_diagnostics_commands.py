@@ -67,6 +67,7 @@ def test_exploitation_and_policy_shift(trained, tmp_path, capsys):
     "arguments, message",
     [
         (["policy-shift", "{agent}", "--env", "Hopper-v5", "--steps", "50"], "needs --replay-buffer"),
+        (["report", "{agent}", "--env", "Hopper-v5", "--steps", "50", "--policy-shift"], "needs --replay-buffer"),
         (["open-loop", "{agent}", "--env", "Walker2d-v5"], "Observation spaces do not match"),
         (["open-loop", "nothing.zip", "--env", "Hopper-v5"], "neither a file"),
         (["open-loop", "{agent}", "--env", "Nonsense-v0"], "Nonsense"),

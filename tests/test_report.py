@@ -121,7 +121,9 @@ def test_values(q, returns, measured, expected):
     assert "Q-values of generated transitions are 4 on average" in section.paragraphs[0]
 
 
-@pytest.mark.parametrize("share, expected", [(0.004, "0%"), (-0.004, "0%"), (0.006, "+1%"), (-0.5, "-50%"), (2, "+200%")])
+@pytest.mark.parametrize(
+    "share, expected", [(0.004, "0%"), (-0.004, "0%"), (0.006, "+1%"), (-0.5, "-50%"), (2, "+200%"), (np.nan, "+nan%")]
+)
 def test_percent(share, expected):
     assert report.percent(share) == expected
 

@@ -95,6 +95,9 @@ class Measured:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"There is no file {path}")
         self.arguments = arguments
+        is_asked = arguments.command == "policy-shift" or (arguments.command == "report" and arguments.policy_shift)
+        if is_asked and arguments.replay_buffer is None and not arguments.later:
+            raise ValueError("policy-shift needs --replay-buffer, to train the policy further, or --later")
         if arguments.later and arguments.vec_normalize is not None:
             raise ValueError(
                 "--later does not go with --vec-normalize: each agent saw the world through statistics of its own. With "
@@ -156,11 +159,8 @@ class Measured:
     def policy_shift(self) -> PolicyShift:
         """
         :return: Models of data of the agent's own policy, under the policies of later agents, or of the agent trained further
-        :raises ValueError: without a replay buffer
         """
         arguments = self.arguments
-        if arguments.replay_buffer is None and not arguments.later:
-            raise ValueError("policy-shift needs --replay-buffer, to train the policy further, or --later")
         policies = self.later or continued(self.model_env)
         n_more = max(arguments.data_sizes) - sum(len(trajectory.obs) for trajectory in self.trajectories)
         more = collect(self.agent, self.env, n_more) if n_more > 0 else []

@@ -56,7 +56,8 @@ def percent(share: float) -> str:
     :param share: Any
     :return: With its sign, unless it rounds to 0
     """
-    return f"{share:+.0%}" if round(100 * share) else "0%"
+    text = f"{share:+.0%}"
+    return "0%" if text[1:] == "0%" else text
 
 
 def as_picture(figure: "Figure", alt: str) -> Picture:
